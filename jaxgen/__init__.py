@@ -1,0 +1,1 @@
+"""jaxgen: train, sample and measure generative models in JAX."""
