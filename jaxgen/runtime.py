@@ -1,0 +1,116 @@
+"""What must be decided before JAX starts: platform, flags, caches, simulated devices, and several processes.
+
+Imports no JAX at the top. A variable that the user has set is never changed.
+"""
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from glob import glob
+from pathlib import Path
+
+from jaxgen.errors import UserError
+
+
+def cache_dir() -> Path:
+    """The per-user cache: `$JAXGEN_CACHE`, else `$XDG_CACHE_HOME/jaxgen`, else `~/.cache/jaxgen`. It may not exist yet."""
+    if own := os.environ.get("JAXGEN_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxgen"
+
+
+def prepare(devices: int | None = None) -> None:
+    """Sets the environment for JAX; call it before JAX is imported.
+
+    `devices` (or `$JAXGEN_CPU_DEVICES`) simulates that many devices on the CPU.
+    """
+    asked = os.environ.get("JAXGEN_CPU_DEVICES", "")
+    if not devices and asked:
+        if not asked.isdecimal():
+            raise UserError(f"JAXGEN_CPU_DEVICES is {asked!r}, which should be a number of devices")
+        devices = int(asked)
+    if devices:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
+    if not (has_gpu() or has_tpu()):
+        if importlib.util.find_spec("libtpu"):   # which otherwise looks for chips, and prints that it found none
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        _cpu_flags()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    _quiet()
+
+
+def start() -> None:
+    """Joins the other processes of the run where the environment tells of any; otherwise does nothing.
+
+    Knows JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, Slurm, and Cloud TPU slices.
+    """
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(address, int(count) if count else None, int(index) if index else None)
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        jax.distributed.initialize()
+    elif has_tpu() and importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
+        try:
+            jax.distributed.initialize()
+        except ValueError:   # one host on its own, with nobody to ask about others
+            pass
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows an NVIDIA or AMD GPU."""
+    return bool(glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/kfd"))
+
+
+def has_tpu() -> bool:
+    """Whether this machine shows TPU chips (`/dev/accel*`, or `/dev/vfio/*` with Google's PCI vendor)."""
+    if glob("/dev/accel[0-9]*"):
+        return True
+    if not glob("/dev/vfio/[0-9]*"):
+        return False
+    for file in glob("/sys/bus/pci/devices/*/vendor"):
+        try:
+            if Path(file).read_text().strip() == "0x1ae0":
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _cpu_flags() -> None:
+    """Turns off an XLA fusion that costs convolutions and attention up to half their speed on CPU with jax 0.10.
+
+    An unknown flag ends the process, so it is set only for versions that are known to have it.
+    """
+    flag, flags = "--xla_cpu_experimental_ynn_fusion_type", os.environ.get("XLA_FLAGS", "")
+    if flag not in flags and _jax_version() in YNN_FUSION:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=".strip()
+
+
+YNN_FUSION = {(0, 10)}
+
+
+def _jax_version() -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return ()
+
+
+def _quiet() -> None:
+    """Keeps the libraries' notices off the console; their errors stay. Grain's workers need absl's flags parsed."""
+    from absl import flags
+    from absl import logging as absl_logging
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    for name in ("jax._src.xla_bridge", "orbax", "grain"):
+        logging.getLogger(name).setLevel(logging.ERROR)
