@@ -1,0 +1,49 @@
+"""The feed-forward layer of a transformer, plain or gated."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from jaxgen import sharding
+from jaxgen.nn.dtypes import DType
+from jaxgen.nn.linear import Linear
+
+Activation = Literal["gelu", "gelu_exact", "relu", "silu", "geglu", "swiglu"]
+
+_FUNCTIONS = {
+    "gelu": jax.nn.gelu,
+    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+    "swiglu": jax.nn.silu,
+}
+
+
+def is_gated(activation: Activation) -> bool:
+    return activation in ("geglu", "swiglu")
+
+
+class FeedForward(nn.Module):
+    """act(x W1) W2, or gated: (act(x Wg) * x W1) W2 (Shazeer 2020, eq. 6)."""
+
+    width: int
+    activation: Activation = "gelu"
+    bias: bool = True
+    init_std: float = 0.02
+    out_std: float = 0.02
+    dtype: DType = "auto"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+        def up(name: str):
+            return Linear((self.width,), (("embed",), ("mlp",)), self.bias, self.init_std, self.dtype, name=name)(x)
+
+        act = _FUNCTIONS[self.activation]
+        h = act(up("gate")) * up("up") if is_gated(self.activation) else act(up("up"))
+        h = sharding.constrain(h, "batch", "length", "mlp")
+        return Linear(
+            (x.shape[-1],), (("mlp",), ("embed",)), self.bias, self.out_std, self.dtype, name="down"
+        )(h)

@@ -1,0 +1,184 @@
+"""The kernels that can compute attention, and the choice among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxgen import sharding
+from jaxgen.errors import UserError
+from jaxgen.nn.dtypes import platform
+
+if TYPE_CHECKING:
+    from jaxgen.nn.attention import Mask
+
+Kernel = Literal["auto", "xla", "chunked", "cudnn", "splash"]
+
+CHUNK = 1024
+"""Queries at a time in the chunked kernel."""
+
+
+class Choice(NamedTuple):
+    """The kernel that runs, and why it and not a faster one."""
+
+    name: str
+    reason: str
+
+
+def choose(kernel: Kernel, query: Float[Array, "B L H D"], key: Float[Array, "B S K D"], mask: Mask, cap: float) -> Choice:
+    """Which kernel computes this attention. Raises UserError when the one asked for cannot."""
+    if kernel == "auto":
+        where = platform()
+        best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(where)
+        problem = _obstacle(best, query, key, mask, cap) if best else f"no fused kernel for {where}"
+        if best and not problem:
+            return Choice(best, f"the fused kernel of {where}")
+        plain = "chunked" if query.shape[1] > CHUNK and query.shape[1] % CHUNK == 0 else "xla"
+        return Choice(plain, f"{best} cannot: {problem}" if best else problem)
+    problem = _obstacle(kernel, query, key, mask, cap)
+    if problem:
+        raise UserError(f"The attention kernel '{kernel}' cannot run here: {problem}; 'auto' takes one that can.")
+    return Choice(kernel, "asked for")
+
+
+def _obstacle(kernel: str, query, key, mask: Mask, cap: float) -> str:
+    """Why a kernel cannot compute this, or an empty string."""
+    length, keys, head_dim = query.shape[1], key.shape[1], query.shape[3]
+    if kernel == "chunked" and length % min(CHUNK, length):
+        return f"the length {length} is not a multiple of {CHUNK}"
+    if kernel in ("cudnn", "splash") and (mask.query_positions is not None or mask.kind == "prefix"):
+        return "it knows no prefix masks and no cache positions"
+    if kernel == "cudnn":
+        if platform() not in ("gpu", "cuda"):
+            return f"it is for NVIDIA GPUs, and this is {platform()}"
+        if query.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"it computes in bfloat16 or float16, not {query.dtype}"
+        if cap:
+            return "it has no soft cap on scores"
+        if mask.segments is not None:
+            return "it has no document masks"
+        if mask.window and mask.kind != "causal":
+            return "its window is causal"
+        if head_dim % 8 or head_dim > 128:
+            return f"it takes head sizes up to 128 in steps of 8, not {head_dim}"
+        if sharding.is_split("length"):
+            return "the sequence is split over devices"
+    if kernel == "splash":
+        if platform() != "tpu":
+            return f"it is for TPUs, and this is {platform()}"
+        if length % 128 or keys % 128:
+            return f"it takes lengths in steps of 128, not {length} and {keys}"
+        if head_dim % 64:
+            return f"it takes head sizes in steps of 64, not {head_dim}"
+    return ""
+
+
+def _xla(query, key, value, mask: Mask, cap: float, scale: float | None = None):
+    """Plain attention; scores in the input's format, softmax in float32."""
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    if sharding.is_split("length"):  # queries stay split, every device sees all keys
+        key = sharding.constrain(key, "batch", None, "kv_heads", None)
+        value = sharding.constrain(value, "batch", None, "kv_heads", None)
+    query = (query * (head_dim**-0.5)).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("blkgd,bskd->bkgls", query, key, preferred_element_type=jnp.float32)
+    if cap:
+        scores = cap * jnp.tanh(scores / cap)
+    allowed = mask.allowed(length, key.shape[1])
+    if allowed is not None:
+        scores = jnp.where(allowed[:, :, None], scores, -0.7 * jnp.finfo(jnp.float32).max)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgls,bskd->blkgd", weights, value).reshape(batch, length, heads, head_dim)
+
+
+def _chunked(query, key, value, mask: Mask, cap: float):
+    """Plain attention a few queries at a time, recomputed backward: memory grows with L, not L^2."""
+    batch, length = query.shape[:2]
+    size = min(CHUNK, length)
+    positions = mask.query_positions
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    segments = None if mask.segments is None else mask.segments[0]
+
+    @jax.checkpoint
+    def block(part):
+        q, at, mine = part
+        theirs = None if mask.segments is None else mask.segments[1]
+        return _xla(q, key, value, dataclasses.replace(
+            mask, query_positions=at, query_segments=mine, key_segments=theirs), cap)
+
+    def split(x):
+        return None if x is None else jnp.moveaxis(x.reshape(batch, size, length // size, *x.shape[2:]), 2, 0)
+
+    out = jax.lax.map(block, (split(query), split(positions), split(segments)))
+    return jnp.moveaxis(out, 0, 2).reshape(query.shape)
+
+
+def _cudnn(query, key, value, mask: Mask, cap: float):
+    """NVIDIA's fused attention, through jax.nn."""
+    window = (mask.window - 1, 0) if mask.window else None
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=mask.kind == "causal", local_window_size=window, implementation="cudnn"
+    )
+
+
+def _splash(query, key, value, mask: Mask, cap: float, interpret: bool = False):
+    """The block-sparse flash attention of TPUs (Pallas), inside shard_map: each device has its sequences and heads.
+
+    Where the sequence is split, every device sees all keys and its own queries' rows of the mask.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    batch, length, heads, head_dim = query.shape
+    keys = key.shape[1]
+    scope = sharding.current()
+    sizes = {} if scope is None else scope.mesh.shape
+
+    def parts(name: str) -> int:
+        axes = [] if scope is None else scope.rules[name]
+        return math.prod(sizes[a] for a in axes)
+
+    shape = (length, keys)
+    if mask.kind == "causal":
+        one = masks.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else masks.CausalMask(shape)
+    elif mask.window:
+        one = masks.LocalMask(shape, (mask.window - 1, mask.window - 1), 0)
+    else:
+        one = masks.FullMask(shape)
+    splits = parts("length")
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([one] * heads), head_shards=parts("heads"), q_seq_shards=splits,
+        attn_logits_soft_cap=cap or None, interpret=interpret,
+    )
+
+    def local(kernel, q, k, v, mine, theirs):
+        ids = None if mine is None else splash.SegmentIds(q=mine, kv=theirs)
+        q, k, v = (x.swapaxes(1, 2) for x in (q * (head_dim**-0.5), k, v))
+        axes = (0, 0, 0, None if ids is None else 0)
+        return jax.vmap(kernel, in_axes=axes)(q, k, v, ids).swapaxes(1, 2)
+
+    mine, theirs = mask.segments or (None, None)
+    if scope is None or math.prod(sizes.values()) == 1:
+        return local(kernel, query, key, value, mine, theirs)
+    q_spec = scope.spec(("batch", "length", "heads", None))
+    k_spec = scope.spec(("batch", None, "kv_heads", None))
+    ids = scope.spec(("batch", "length")), scope.spec(("batch",))
+    grid = scope.named(("heads", "length"))
+    run = jax.shard_map(
+        local, mesh=scope.mesh, check_vma=False, out_specs=q_spec,
+        in_specs=(kernel.manual_sharding_spec(grid), q_spec, k_spec, k_spec,
+                  *((PartitionSpec(), PartitionSpec()) if mine is None else ids)),
+    )
+    return run(kernel, query, key, value, mine, theirs)
+
+
+KERNELS = {"xla": _xla, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash,
+           "splash_interpret": functools.partial(_splash, interpret=True)}

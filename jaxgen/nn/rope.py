@@ -1,0 +1,43 @@
+"""Rotary position embedding and its scaling to longer contexts."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al. 2021, eq. 34), in the half-split layout: feature i pairs with i + D/2."""
+
+    theta: float = 10_000.0
+    """Base of the wavelengths 2 pi theta^(2i/D)."""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """"linear" divides every frequency by `factor` (Chen et al. 2023); "llama3" only the slow ones (Llama 3.1)."""
+    factor: float = 1.0
+    low_frequency: float = 1.0
+    """llama3: waves of which fewer than this many fit `original_length` are slowed by the whole factor."""
+    high_frequency: float = 4.0
+    """llama3: waves of which more than this many fit are left alone."""
+    original_length: int = 8192
+
+    def frequencies(self, head_dim: int) -> Float[Array, "half"]:
+        """Angle per position of each pair of features, in radians."""
+        freq = self.theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+        if self.scaling == "linear":
+            return freq / self.factor
+        if self.scaling == "llama3":
+            waves = self.original_length * freq / (2 * math.pi)
+            keep = (waves - self.low_frequency) / (self.high_frequency - self.low_frequency)
+            keep = jnp.clip(keep, 0.0, 1.0)
+            return keep * freq + (1 - keep) * freq / self.factor
+        return freq
+
+    def __call__(self, x: Float[Array, "B L H D"], positions: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
+        """Turn each head's features by their position's angles."""
+        angle = positions[..., None, None].astype(jnp.float32) * self.frequencies(x.shape[-1])
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
