@@ -14,7 +14,7 @@ from jaxgen.errors import UserError
 
 
 def cache_dir() -> Path:
-    """The per-user cache: `$JAXGEN_CACHE`, else `$XDG_CACHE_HOME/jaxgen`, else `~/.cache/jaxgen`. It may not exist yet."""
+    """The per-user cache: `$JAXGEN_CACHE`, else `$XDG_CACHE_HOME/jaxgen`, else `~/.cache/jaxgen`."""
     if own := os.environ.get("JAXGEN_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxgen"

@@ -1,0 +1,74 @@
+"""The command line: finds the verb, and turns what went wrong into one line and an exit code.
+
+0 done, 2 the user's mistake, 75 preempted and saved, 130 interrupted. Nothing heavy is imported here.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxgen.errors import UserError, nearest
+
+VERBS = {
+    "train": ("train", "train an experiment, or go on with a run"),
+    "show": ("show", "what an experiment is: fields, parameters, FLOPs, sharding"),
+    "sample": ("sample", "sample from a run"),
+    "eval": ("evaluate", "measure a run"),
+    "tokenizer": ("tokenizer", "train a tokenizer"),
+}
+DONE, MISTAKE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 0, 2, 75, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"jaxgen: {error}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("jaxgen: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:   # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run(argv: list[str]) -> int:
+    if not argv:
+        print(usage(), file=sys.stderr)
+        return MISTAKE
+    verb, rest = argv[0], argv[1:]
+    if verb in ("-h", "--help", "help"):
+        print(usage())
+        return DONE
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"jaxgen {version('jaxgen')}")
+        return DONE
+    if verb not in VERBS:
+        hint = nearest(verb, VERBS) or f"; the commands are {', '.join(VERBS)}"
+        raise UserError(f"there is no command '{verb}'{hint}")
+    module = importlib.import_module(f"jaxgen.cli.{VERBS[verb][0]}")
+    return module.run(rest) or DONE
+
+
+def usage() -> str:
+    """The text of `jaxgen --help`."""
+    verbs = "\n".join(f"  {name:<12}{help}" for name, (_, help) in VERBS.items())
+    return f"""usage: jaxgen COMMAND ...
+
+Trains, samples and measures generative models in JAX.
+
+commands:
+{verbs}
+
+jaxgen COMMAND --help tells more of each; jaxgen train FILE --help lists every field of the experiment."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
