@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import logging
 import math
 import os
 import re
@@ -29,6 +30,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxgen.errors import UserError, nearest
+from jaxgen.training import leaves
 from jaxgen.training import manifest as manifests
 from jaxgen.training.manifest import Damaged, Manifest
 
@@ -70,9 +72,10 @@ class Checkpoints:
     thing a person should know: a damaged step that was passed over, steps abandoned because the run went back.
     """
 
-    def __init__(self, directory: str | epath.PathLike, policy: Checkpointing = Checkpointing(), *, read_only: bool = False,
-                 report: Callable[[str], None] = lambda message: print(message, file=sys.stderr)):
-        self.directory = epath.Path(directory).expanduser().absolute()
+    def __init__(self, directory: str | epath.PathLike, policy: Checkpointing = Checkpointing(), *,
+                 read_only: bool = False, report: Callable[[str], None] = lambda text: print(text, file=sys.stderr)):
+        path = epath.Path(directory)
+        self.directory = path if "://" in os.fspath(path) else path.expanduser().absolute()
         self.policy = policy
         self.read_only = read_only
         self.report = report if jax.process_index() == 0 else lambda message: None
@@ -88,19 +91,19 @@ class Checkpoints:
     def save(self, step: int, state: Any, metrics: Mapping[str, Any] | None = None) -> None:
         """Save `state` as `step` in the background: it is on the host when this returns, so its buffers may be donated.
 
-        Waits for the save before. UserError: that one or the start of this one failed for want of space or
-        permission; the steps before are whole. Steps at or after `step` from which the run went back (by `restore` of
-        an older one) are set aside, and deleted once this one is whole.
+        Waits for the save before. UserError: that one, or the start of this one, failed for want of space or of
+        permission; the steps before are whole. Steps at or after `step` from which the run went back (by `restore` of an older one)
+        are set aside, and deleted once this one is whole. `wait` before the program ends.
         """
         step = int(step)
-        self._start_writing()
+        self._start_writing(step)
         if jax.process_index() == 0:
-            self._set_aside(step)
-        if step == self._current:   # nothing has changed since it was saved or restored
-            if jax.process_index() == 0:
-                self._retain()
-            return
-        self._write(f"{step:08d}", step, state, metrics or {})
+            with _explaining(self.directory):
+                self._set_aside(step)
+        if step != self._current:   # else nothing has changed since it was saved or restored
+            self._write(f"{step:08d}", step, state, metrics or {})
+        elif jax.process_index() == 0:
+            self._retain()
 
     def wait(self) -> None:
         """Return once the save in the background is whole. Errors: those of `save`."""
@@ -122,11 +125,11 @@ class Checkpoints:
         """
         folder = self._once(name)
         self._start_writing()
-        if _agreed("yes" if folder.exists() else "no") == "yes":
+        if _agreed("yes" if folder.exists() else "") == "yes":
             problem = self._problem(folder)
             if not problem:
-                if (differing := _differences(_named(tree), manifests.read(folder).leaves)):
-                    raise UserError(f"{folder} holds something else than is to be saved: {differing}.")
+                if differing := leaves.differences(leaves.named(tree), manifests.read(folder).leaves):
+                    raise UserError(f"{folder} holds something else than is to be saved: {differing}")
                 return False
             self.report(f"'{name}' in {self.directory} is damaged: {problem}; it is written again.")
             if jax.process_index() == 0:
@@ -135,26 +138,34 @@ class Checkpoints:
         self.wait()
         return True
 
-    def _start_writing(self) -> None:
+    def _start_writing(self, step: int | None = None) -> None:
         if self.read_only:
             raise ValueError(f"these checkpoints were opened read-only: {self.directory}")
         self.wait()
+        if self._clean:
+            return
+        refused = ""
         if jax.process_index() == 0:
-            with _explaining(self.directory):
-                self.directory.mkdir(parents=True, exist_ok=True)
-                if not self._clean:
+            try:
+                with _explaining(self.directory):
+                    self.directory.mkdir(parents=True, exist_ok=True)
                     self._remove_leftovers()
-        self._clean = True
+                    if step is not None and self._current is None:
+                        self._refuse_another_run(step)
+            except UserError as error:
+                refused = str(error)
+        if refused := _agreed(refused):
+            raise UserError(refused)
+        self._clean = step is not None
 
     def _write(self, name: str, step: int, tree: Any, metrics: Mapping[str, Any]) -> None:
-        leaves = _named(tree)
+        """Hand `tree` to Orbax, and to a thread what comes after: the manifest, then what need not be kept."""
         folder = self.directory / name
-        described = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()}
+        held = leaves.named(tree)
+        described = {name: leaves.described(leaf) for name, leaf in held.items()}
         measured = {name: _finite(value) for name, value in metrics.items()}
         barrier = f"jaxgen_manifest_{next(_barriers)}"
-        self._orbax = self._orbax or _orbax()
-        orbax = self._orbax
-        items = {item: ocp.args.PyTreeSave(tree) for item, tree in _items(leaves).items()}
+        self._orbax = orbax = self._orbax or _orbax()
 
         def finish() -> None:
             try:
@@ -162,7 +173,7 @@ class Checkpoints:
                     orbax.wait_until_finished()
                     if jax.process_index() == 0:
                         manifests.write(folder, step, measured, described)
-                finally:
+                finally:   # also after an error, so that no process waits in vain
                     ocp.multihost.get_barrier_sync_fn()(key=barrier, timeout_ms=1000 * _TIMEOUT)
                 if not (folder / manifests.NAME).exists():
                     raise RuntimeError(f"process 0 could not finish {folder}")
@@ -175,79 +186,83 @@ class Checkpoints:
                 self._error = error
 
         try:
-            orbax.save(folder, args=ocp.args.Composite(**items))
+            args = {item: ocp.args.PyTreeSave(tree) for item, tree in leaves.items(held).items()}
+            orbax.save(folder, args=ocp.args.Composite(**args))
         except Exception as error:
             self._error = error
             self.wait()
         self._thread = threading.Thread(target=finish, name=f"checkpoint-{name}")
         self._thread.start()
 
+    def _refuse_another_run(self, step: int) -> None:
+        if later := [n for n in self.steps() if n >= step]:
+            raise UserError(f"{self.directory} holds step {later[-1]} of a run, which step {step} of another would "
+                            f"replace; resume that run, or choose another run directory.")
+
     def _set_aside(self, step: int) -> None:
-        """Move steps at or after `step` out of sight: the run went back to one before them."""
+        """Move steps at or after `step` out of sight: the run went back to one before them, or they are damaged."""
         later = [n for n in self._folders() if n >= step and n != self._current]
-        if self._current is None and (whole := [n for n in self.steps() if n in later]):
-            raise UserError(f"{self.directory} already holds step {whole[-1]} of a run, and step {step} of another would "
-                            f"replace it; resume that run, or choose another run directory.")
         for n in later:
-            folder, aside = self._folder(n), self._folder(n, _ABANDONED)
-            if aside.exists():
-                _remove(aside)
-            folder.rename(aside)
+            aside = self._folder(n, _ABANDONED)
+            _remove(aside)
+            self._folder(n).rename(aside)
         if later:
-            self.report(f"The run goes on from step {self._current or 0}: "
-                        f"step{'s' * (len(later) > 1)} {', '.join(map(str, later))} are abandoned.")
+            self.report(f"The run goes on from step {self._current or 0}; abandoned: {_listed(later)}.")
 
     def _retain(self) -> None:
         """Delete what the policy does not keep. Called when the newest step is whole."""
-        found = {step: manifests.read(self._folder(step)) for step in self.steps()}
-        kept = set(sorted(found)[-self.policy.keep:]) | set(self._ranked(found)[:self.policy.best])
-        for step in found:
+        whole = self._whole()
+        kept = set(list(whole)[-self.policy.keep:]) | set(self._ranked(whole)[:self.policy.best])
+        for step in whole:
             if step not in kept:
                 _remove(self._folder(step))
         for path in self.directory.iterdir():
-            if path.name.endswith(_ABANDONED):
+            if re.fullmatch(rf"\d{{8,}}{_ABANDONED}", path.name):
                 _remove(path)
 
     def _remove_leftovers(self) -> None:
-        """Delete what killed saves left: Orbax's temporary folders, and folders without a manifest."""
-        if not self.directory.exists():
-            return
+        """Delete what killed saves left: Orbax's temporary folders, and steps without a manifest."""
         for path in self.directory.iterdir():
-            if path.is_dir() and not path.name.endswith(_ABANDONED) and not (path / manifests.NAME).exists():
+            cut_off = re.fullmatch(r"\d{8,}", path.name) and not (path / manifests.NAME).exists()
+            if cut_off or re.fullmatch(r"[\w-]+\.orbax-checkpoint-tmp.*", path.name):
                 _remove(path)
 
     # Finding
 
     def steps(self) -> list[int]:
-        """The whole steps, ascending: a sound manifest, and all its files there with their sizes. Content is verified by
-        `restore` and `verify`; a step whose content they found damaged is no longer listed."""
-        return [step for step in self._folders() if step not in self._damaged and not self._problem(self._folder(step), content=False)]
+        """The whole steps, ascending: a sound manifest, and all its files there with their sizes.
+
+        Content is read by `restore` and `verify` alone; a step that they found damaged is no longer listed.
+        """
+        return list(self._whole())
 
     def find(self, step: Step = "latest") -> int | None:
         """The step that is meant, or None: nothing is saved yet. UserError: no such step, or none with the metric."""
-        steps = self.steps()
+        whole = self._whole()
         if step == "latest":
-            return steps[-1] if steps else None
+            return max(whole, default=None)
         if step == "best":
-            if not steps:
-                return None
-            ranked = self._ranked({n: manifests.read(self._folder(n)) for n in steps})
-            if not ranked:
+            ranked = self._ranked(whole)
+            if whole and not ranked:
+                known = {name for manifest in whole.values() for name in manifest.metrics}
                 raise UserError(f"No step in {self.directory} was saved with the metric '{self.policy.metric}'"
-                                f"{nearest(self.policy.metric, self.metrics(steps[-1]))}")
-            return ranked[0]
+                                f"{nearest(self.policy.metric, known)}")
+            return ranked[0] if ranked else None
         if isinstance(step, str):
             raise UserError(f"'{step}' is no step; it is 'latest', 'best' or a number.")
-        if step not in steps:
-            folder = self._folder(step)
-            if folder.exists():
-                problem = self._problem(folder, content=False) or "its content is not what was written"
-                raise UserError(f"Step {step} in {self.directory} is damaged: {problem}; whole are {_listed(steps)}.")
-            raise UserError(f"There is no step {step} in {self.directory}; there are {_listed(steps)}.")
+        if step not in self._folders():
+            raise UserError(f"There is no step {step} in {self.directory}; there are {_listed(whole)}.")
+        if step not in whole:
+            try:
+                manifests.check(self._folder(step), manifests.read(self._folder(step)))
+                problem = "its content is not what was written"
+            except Damaged as error:
+                problem = str(error)
+            raise UserError(f"Step {step} in {self.directory} is damaged: {problem}; whole are {_listed(whole)}.")
         return step
 
     def manifest(self, step: Step = "latest") -> Manifest:
-        """The manifest of a step: metrics, leaves (name, shape, dtype), files, and `.checksum`, which names its content."""
+        """The manifest of a step: metrics, leaves (name, shape, dtype), files; `.checksum` names its content."""
         if (found := self.find(step)) is None:
             raise UserError(f"There is no whole checkpoint in {self.directory}.")
         return manifests.read(self._folder(found))
@@ -263,7 +278,18 @@ class Checkpoints:
     def contents(self, step: Step = "latest", part: str = "") -> dict[str, jax.ShapeDtypeStruct]:
         """Name -> shape and dtype of each leaf of a step below `part`."""
         return {name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
-                for name, leaf in _below(self.manifest(step).leaves, part).items()}
+                for name, leaf in leaves.below(self.manifest(step).leaves, part).items()}
+
+    def _whole(self) -> dict[int, Manifest]:
+        """The manifests of the whole steps, ascending."""
+        whole = {}
+        for step in self._folders():
+            with contextlib.suppress(Damaged):
+                if step not in self._damaged:
+                    manifest = manifests.read(self._folder(step))
+                    manifests.check(self._folder(step), manifest)
+                    whole[step] = manifest
+        return whole
 
     def _ranked(self, found: Mapping[int, Manifest]) -> list[int]:
         """Steps with the metric, best first; the newer of equals."""
@@ -274,7 +300,7 @@ class Checkpoints:
     def _folders(self) -> list[int]:
         if not self.directory.exists():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch(r"\d{8,}", path.name) and path.is_dir())
+        return sorted(int(path.name) for path in self.directory.iterdir() if re.fullmatch(r"\d{8,}", path.name))
 
     def _folder(self, step: int, suffix: str = "") -> epath.Path:
         return self.directory / f"{step:08d}{suffix}"
@@ -287,12 +313,12 @@ class Checkpoints:
     # Reading
 
     def restore(self, target: Any, step: Step = "latest", part: str = "", cast: bool = False) -> tuple[int, Any]:
-        """(step, state): a whole step, verified, in the structure, dtypes and shardings of `target`.
+        """(step, state): a whole step, its content verified, in the structure, dtypes and shardings of `target`.
 
-        target: pytree of jax.ShapeDtypeStruct with `.sharding` (each device reads its own shard), of arrays (restored like
-        them), or without sharding (on the first local device).
-        part: only what stands below this path, such as "params" or "ema/model"; `target` is that subtree, and the
-        other fields of the state are not read. cast: whether a leaf of another dtype is converted rather than refused.
+        target: pytree of jax.ShapeDtypeStruct with `.sharding` (each device reads its own shard), of arrays (restored
+        like them), or without sharding (onto the first local device).
+        part: only what stands below this path, such as "params" or "ema/model": `target` is that subtree, and the other
+        fields of the state are not read. cast: convert a leaf of another dtype rather than refuse it.
         With "latest" and "best" a damaged step is reported and the next one used.
         UserError: no such step, a damaged one asked for by number, or a target whose leaves are not those saved.
         """
@@ -302,36 +328,38 @@ class Checkpoints:
         return found
 
     def resume(self, target: Any) -> tuple[int, Any] | None:
-        """`restore` of the latest whole step; None when there is none and the run starts from the beginning."""
+        """`restore` of the latest whole step; None when there is none, and the run starts from the beginning."""
         return self._restore(target, "latest", "", False)
 
     def restore_once(self, name: str, target: Any, part: str = "") -> Any:
-        """What `save_once` saved as `name`, verified, in the structure and shardings of `target`. UserError: missing, damaged, another tree."""
+        """What `save_once` saved as `name`, verified, in the structure and shardings of `target`.
+
+        UserError: it is missing or damaged, or its leaves are not those of `target`.
+        """
         self.wait()
         folder = self._once(name)
-        if _agreed("yes" if folder.exists() else "no") == "no":
+        if _agreed("yes" if folder.exists() else "") != "yes":
             raise UserError(f"There is no '{name}' in {self.directory}.")
-        if problem := self._problem(folder, part=part):
+        if problem := self._problem(folder, part):
             raise UserError(f"'{name}' in {self.directory} is damaged: {problem}.")
         return _read(folder, target, part, False)
 
-    def verify(self, step: Step = "latest") -> str:
+    def verify(self, step: int) -> str:
         """What is wrong with a step, read whole; empty when nothing is."""
-        return self._problem(self._folder(self.find(step) or 0) if isinstance(step, str) else self._folder(step))
+        return self._problem(self._folder(step))
 
     def _restore(self, target: Any, step: Step, part: str, cast: bool) -> tuple[int, Any] | None:
         self.wait()
-        if step == "latest":
-            order = reversed(self._folders())
+        found = self.find(step)
+        if step == "latest":   # those whose manifests are damaged too: a person should know
+            order = self._folders()[::-1]
         elif step == "best":
-            self.find(step)
-            order = self._ranked({n: manifests.read(self._folder(n)) for n in self.steps()})
+            order = self._ranked(self._whole())
         else:
-            order = [self.find(step)]
+            order = [found]
         problems = []
         for n in map(int, _agreed(" ".join(map(str, order))).split()):
-            problem = self._problem(self._folder(n), part=part)
-            if problem:
+            if problem := self._problem(self._folder(n), part):
                 problems.append(f"Step {n} in {self.directory} is damaged: {problem}")
                 self._damaged.add(n)
                 continue
@@ -341,127 +369,59 @@ class Checkpoints:
             if not part:
                 self._current = n
             return n, state
-        if isinstance(step, int):
-            raise UserError(problems[0] + f"; whole are {_listed(self.steps())}.")
+        if not isinstance(step, str):
+            raise UserError(f"{problems[0]}; whole are {_listed(self.steps())}.")
         for message in problems:
-            self.report(f"{message}; there is no other step.")
+            self.report(f"{message}; there is no whole step before it.")
         return None
 
-    def _problem(self, folder: epath.Path, part: str = "", content: bool = True) -> str:
-        """What is wrong with `folder`, or with what of it `part` needs; empty when nothing is. Files are shared out among the processes."""
+    def _problem(self, folder: epath.Path, part: str = "") -> str:
+        """What is wrong with `folder`, or with what of it `part` needs; empty when nothing is.
+
+        Each process reads its share of the files, and all get the same answer.
+        """
+        problem = ""
         try:
             manifest = manifests.read(folder)
-            needed = {_item(name) for name in _below(manifest.leaves, part)}
-            wanted = lambda name: "/" not in name or name.split("/")[0] in needed   # noqa: E731
+            needed = {leaves.item(name) for name in leaves.below(manifest.leaves, part)}
+            found = manifests.listed(folder, manifest)
+            wanted = sorted(name for name in found if "/" not in name or name.split("/")[0] in needed)
             manifests.check(folder, manifest, wanted)
-            problem = ""
-            if content:
-                mine = set(sorted(manifest.files)[jax.process_index()::jax.process_count()])
-                manifests.verify(folder, manifest, lambda name: name in mine and wanted(name))
+            mine = wanted[jax.process_index()::jax.process_count()]
+            manifests.verify(folder, manifest, mine)
         except Damaged as error:
             problem = str(error)
-        return next(filter(None, _gathered(problem)), "") if content else problem
+        return next(filter(None, _gathered(problem)), "")
 
 
-# Trees as names and leaves
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by name, "params/model/kernel": keys, fields and indices joined by "/"; None and empty containers have no leaves."""
-    named = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = "/".join(_component(key) for key in path)
-        if name in named:
-            raise ValueError(f"two leaves are named {name}")
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            leaf = np.asarray(leaf)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise ValueError(f"{name} is a typed random key; save jax.random.key_data of it")
-        named[name] = leaf
-    return named
-
-
-def _component(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return re.sub(r"[%/.]", lambda match: f"%{ord(match[0]):02X}", str(getattr(key, attribute)))
-    raise TypeError(f"a key path of this kind is not known: {key!r}")
-
-
-def _item(name: str) -> str:
-    """The Orbax item that holds a leaf: its top field, or "leaves" for what is a leaf of the tree itself."""
-    top, _, rest = name.partition("/")
-    return top if rest and re.fullmatch(r"[A-Za-z][\w-]*", top) else "leaves"
-
-
-def _items(leaves: Mapping[str, Any]) -> dict[str, dict]:
-    """Item -> nested dict of its leaves; empty arrays, which Orbax refuses, are left to the manifest."""
-    items: dict[str, dict] = {}
-    for name, leaf in leaves.items():
-        if 0 in leaf.shape:
-            continue
-        *above, last = name.split("/")
-        node = items.setdefault(_item(name), {})
-        for component in above:
-            node = node.setdefault(component, {})
-        node[last] = leaf
-    return items
-
-
-def _below(named: Mapping[str, Any], part: str) -> dict[str, Any]:
-    return {name: value for name, value in named.items() if not part or name == part or name.startswith(part + "/")}
-
-
-def _differences(wanted: Mapping[str, Any], saved: Mapping[str, dict], dtypes: bool = True) -> str:
-    """How the leaves `wanted` are not those `saved`, or an empty string."""
-    missing, left = [n for n in wanted if n not in saved], [n for n in saved if n not in wanted]
-    texts = [f"{name} is not in it{nearest(name, left or saved)}" for name in missing]
-    texts += [f"{name} is left over" for name in left]
-    for name in wanted:
-        if name in saved:
-            there, here = saved[name], wanted[name]
-            if tuple(there["shape"]) != tuple(here.shape):
-                texts.append(f"{name} has shape {tuple(there['shape'])} in it and {tuple(here.shape)} here")
-            elif dtypes and there["dtype"] != str(here.dtype):
-                texts.append(f"{name} is {there['dtype']} in it and {here.dtype} here")
-    return "; ".join(texts[:12]) + (f"; and {len(texts) - 12} more" if len(texts) > 12 else "")
+# Trees
 
 
 def _read(folder: epath.Path, target: Any, part: str, cast: bool) -> Any:
     """The tree below `part` of a verified folder, in the structure of `target`."""
-    wanted = {"/".join(filter(None, (part, name))): leaf for name, leaf in _named(target).items()}
-    saved = _below(manifests.read(folder).leaves, part)
-    if part and not saved:
-        tops = {name.rsplit("/", n)[0] for name in manifests.read(folder).leaves for n in range(1, name.count("/") + 1)}
-        raise UserError(f"There is no '{part}' in {folder}{nearest(part, tops)}")
-    if differing := _differences(wanted, saved, dtypes=not cast):
-        raise UserError(f"{folder} does not fit: {differing}.")
-    items = {item: ocp.args.PyTreeRestore(item=tree, restore_args=jax.tree.map(_restore_args, tree), partial_restore=True)
-             for item, tree in _items(wanted).items()}
-    restored = _orbax().restore(folder, args=ocp.args.Composite(**items)) if items else {}
-    leaves = _named([restored[item] for item in items])
-    leaves = {name.partition("/")[2]: leaf for name, leaf in leaves.items()}
-    return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] if name in leaves else _empty(leaf) for name, leaf in wanted.items()])
-
-
-def _empty(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray | np.generic):
-        return np.zeros(leaf.shape, leaf.dtype)
-    return jax.make_array_from_callback(leaf.shape, _sharding(leaf), lambda index: np.zeros(leaf.shape, leaf.dtype)[index])
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    if isinstance(leaf, np.ndarray | np.generic):
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
-    return ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=leaf.shape, dtype=leaf.dtype)
+    held = manifests.read(folder).leaves
+    saved = leaves.below(held, part)
+    if not saved and part:
+        raise UserError(f"There is no '{part}' in {folder}{nearest(part, leaves.parts(held))}")
+    wanted = {"/".join(filter(None, (part, name))): leaf for name, leaf in leaves.named(target).items()}
+    if differing := leaves.differences(wanted, saved, dtypes=not cast):
+        raise UserError(f"{folder} does not fit: {differing}")
+    args = {item: ocp.args.PyTreeRestore(tree, jax.tree.map(leaves.restore_args, tree), partial_restore=True)
+            for item, tree in leaves.items(wanted).items()}
+    restored = _orbax().restore(folder, args=ocp.args.Composite(**args)) if args else {}
+    found = {name: leaf for item in args for name, leaf in leaves.named(restored[item]).items()}
+    values = [found[name] if name in found else leaves.empty(leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(target), values)
 
 
 def _orbax() -> ocp.AsyncCheckpointer:
+    logging.getLogger("absl").addFilter(_told_by_wait)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_TIMEOUT)
+
+
+def _told_by_wait(record: logging.LogRecord) -> bool:
+    """Drops the tracebacks that Orbax's threads log: `wait` raises the same errors."""
+    return "_SignalingThread.run() raised" not in str(record.msg)
 
 
 # Between processes
@@ -506,21 +466,23 @@ def _explaining(directory: epath.Path) -> Iterator[None]:
         raise _explained(error, directory) from error
 
 
-_CAUSES = {
-    "there is no space left on the device": ((errno.ENOSPC,), "No space left on device|RESOURCE_EXHAUSTED.*space"),
-    "the disk quota is used up": ((errno.EDQUOT,), "Disk quota exceeded"),
-    "a file grew over the limit on file sizes": ((errno.EFBIG,), "File too large"),
-    "writing there is not permitted": ((errno.EACCES, errno.EPERM), "Permission denied|Operation not permitted|PERMISSION_DENIED"),
-    "the file system is read-only": ((errno.EROFS,), "Read-only file system"),
-    "a file stands in the way of a directory": ((errno.ENOTDIR, errno.EEXIST), "Not a directory"),
-}
+_CAUSES = (
+    ("there is no space left on the device", errno.ENOSPC, "No space left on device"),
+    ("the disk quota is used up", errno.EDQUOT, "Disk quota exceeded"),
+    ("a file grew over the limit on file sizes", errno.EFBIG, "File too large"),
+    ("writing there is not permitted", errno.EACCES, "Permission denied|PERMISSION_DENIED"),
+    ("writing there is not permitted", errno.EPERM, "Operation not permitted"),
+    ("the file system is read-only", errno.EROFS, "Read-only file system"),
+    ("a file stands where a directory should", errno.ENOTDIR, "Not a directory"),
+    ("a file stands where a directory should", errno.EEXIST, "File exists"),
+)
 
 
 def _explained(error: BaseException, directory: epath.Path) -> BaseException:
     """A UserError for what a person can mend; any other error as it is."""
-    for cause, (numbers, pattern) in _CAUSES.items():
-        if (isinstance(error, OSError) and error.errno in numbers) or re.search(pattern, str(error)):
-            return UserError(f"A checkpoint could not be saved in {directory}: {cause}; the checkpoints before are whole.")
+    for cause, number, pattern in _CAUSES:
+        if getattr(error, "errno", None) == number or re.search(pattern, str(error)):
+            return UserError(f"A checkpoint could not be saved in {directory}: {cause}; the ones before are whole.")
     return error
 
 
@@ -530,4 +492,5 @@ def _finite(value: Any) -> float | None:
 
 
 def _listed(steps: Iterable[int]) -> str:
-    return f"steps {', '.join(map(str, steps))}" if steps else "no other steps"
+    text = ", ".join(map(str, steps))
+    return f"steps {text}" if text else "no steps"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from etils import epath
@@ -47,7 +47,7 @@ class Manifest:
 
 def write(folder: epath.Path, step: int, metrics: dict, leaves: dict) -> Manifest:
     """Read back all files of `folder` and write their manifest, whole or not at all."""
-    files = {name: {"size": size, "crc32": crc32(folder / name)} for name, size in listing(folder)}
+    files = {name: {"size": size, "crc32": crc32(folder / name)} for name, size in sorted(listing(folder))}
     manifest = Manifest(step, metrics, leaves, files)
     path = folder / NAME
     if "://" in os.fspath(path):   # object stores: a file appears whole when it is closed
@@ -82,24 +82,28 @@ def read(folder: epath.Path) -> Manifest:
     return manifest
 
 
-def check(folder: epath.Path, manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Damaged, with the first file of `folder` that is missing, of another size, or not in `manifest`. Reads no content."""
-    found = {name: size for name, size in listing(folder) if wanted(name)}
-    for name, entry in sorted(manifest.files.items()):
-        if not wanted(name):
-            continue
+def listed(folder: epath.Path, manifest: Manifest) -> set[str]:
+    """The files of a folder: those there, and those that should be."""
+    return {name for name, _ in listing(folder)} | set(manifest.files)
+
+
+def check(folder: epath.Path, manifest: Manifest, wanted: Collection[str] | None = None) -> None:
+    """Damaged, with the first of the `wanted` files (None: all) that is missing, of another size, or none of its own.
+
+    Reads no content.
+    """
+    found = dict(listing(folder))
+    for name in sorted({*found, *manifest.files} if wanted is None else wanted):
         if name not in found:
             raise Damaged(f"{name} is missing")
-        if found[name] != entry["size"]:
-            raise Damaged(f"{name} has {found[name]} bytes instead of {entry['size']}")
-    for name in sorted(found):
         if name not in manifest.files:
             raise Damaged(f"{name} does not belong to it")
+        if found[name] != manifest.files[name]["size"]:
+            raise Damaged(f"{name} has {found[name]} bytes instead of {manifest.files[name]['size']}")
 
 
-def verify(folder: epath.Path, manifest: Manifest, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Damaged, with the first file whose content is not what was written. Reads each wanted file, in parallel threads."""
-    names = sorted(name for name in manifest.files if wanted(name))
+def verify(folder: epath.Path, manifest: Manifest, wanted: Collection[str]) -> None:
+    """Damaged, with the first of the `wanted` files whose content is not what was written. Reads them in parallel."""
 
     def sound(name: str) -> bool:
         try:
@@ -108,7 +112,7 @@ def verify(folder: epath.Path, manifest: Manifest, wanted: Callable[[str], bool]
             raise Damaged(f"{name} cannot be read ({error})") from None
 
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for name, good in zip(names, pool.map(sound, names), strict=True):
+        for name, good in zip(wanted, pool.map(sound, wanted), strict=True):
             if not good:
                 raise Damaged(f"the content of {name} is not what was written")
 
@@ -122,11 +126,17 @@ def crc32(path: epath.Path) -> str:
 
 
 def listing(folder: epath.Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """(name relative to `folder`, bytes) of each file below it; the manifest and hidden files (.DS_Store, .nfs...) are left out."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.startswith(".") or (not prefix and path.name == NAME):
-            continue
-        if path.is_dir():
-            yield from listing(path, f"{prefix}{path.name}/")
-        else:
-            yield prefix + path.name, path.stat().length
+    """(name relative to `folder`, bytes) of each file below it, but the manifest and hidden files (.DS_Store, .nfs...).
+
+    Damaged: the folder went away meanwhile, or is none.
+    """
+    try:
+        for path in folder.iterdir():
+            if path.name.startswith(".") or (not prefix and path.name == NAME):
+                continue
+            if path.is_dir():
+                yield from listing(path, f"{prefix}{path.name}/")
+            else:
+                yield prefix + path.name, path.stat().length
+    except OSError as error:
+        raise Damaged(f"it cannot be listed ({error})") from None
