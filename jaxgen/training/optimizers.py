@@ -1,10 +1,12 @@
 """Optimizers as data: frozen dataclasses that build optax transformations."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxgen.errors import UserError
@@ -40,12 +42,14 @@ class Optimizer:
     """Patterns of the parameters to leave as they are, with no gradient and no optimizer state."""
 
     def __post_init__(self):
-        for field in ("learning_rate", "weight_decay", "clip"):
-            if not getattr(self, field) >= 0:
+        for field in ("learning_rate", "adam_learning_rate", "weight_decay", "clip", "clip_update", "rms"):
+            if not getattr(self, field, 0.0) >= 0:
                 raise UserError(f"optimizer.{field} is 0 or more, not {getattr(self, field)}.")
-        for field in ("b1", "b2", "momentum", "decay_rate"):
+        for field in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, field, 0.0) < 1:
                 raise UserError(f"optimizer.{field} is at least 0 and below 1, not {getattr(self, field)}.")
+        if (dtype := getattr(self, "moment_dtype", "float32")) not in ("float32", "bfloat16"):
+            raise UserError(f"optimizer.moment_dtype is 'float32' or 'bfloat16', not '{dtype}'.")
 
     def rate(self, step: Int[Array, ""] | int, steps: int) -> Float[Array, ""]:
         """Learning rate at a step (0-based) of a run of `steps`."""
@@ -69,14 +73,14 @@ class Optimizer:
         )
 
     def _descent(self, params: PyTree, steps: int, axes: PyTree | None) -> optax.GradientTransformation:
-        return self._decayed(self._direction(params, axes), steps)
+        return self._decayed(self._direction(params, axes), self.learning_rate, steps)
 
     def _direction(self, params: PyTree, axes: PyTree | None) -> optax.GradientTransformation:
-        """Clipped gradients to steps of about unit size, of the gradient's sign."""
+        """Clipped gradients to what is taken off the parameters, but for the learning rate."""
         raise NotImplementedError
 
-    def _decayed(self, direction: optax.GradientTransformation, steps: int, factor: float = 1.0):
-        """The direction with weight decay, times -rate."""
+    def _decayed(self, direction: optax.GradientTransformation, peak: float, steps: int):
+        """The direction with weight decay, times -peak and the schedule."""
         # Found by name at each call, since optax.partition hands over trees in which the others' leaves are masked.
         patterns = self.decay or MATRICES
         return _chain(
@@ -84,7 +88,7 @@ class Optimizer:
             optax.add_decayed_weights(self.weight_decay, lambda tree: parameters.search(patterns, tree))
             if self.weight_decay
             else None,
-            optax.scale_by_learning_rate(lambda count: factor * self.rate(count, steps)),
+            optax.scale_by_learning_rate(lambda count: peak * self.schedule(count, steps)),
         )
 
 
@@ -102,6 +106,174 @@ class AdamW(Optimizer):
         return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.moment_dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Lion(Optimizer):
+    """The sign of a momentum (Chen et al. 2023, arXiv:2302.06675, algorithm 2): a third to a tenth of AdamW's learning
+    rate, and as many times its weight decay."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.3
+    b1: float = 0.9
+    b2: float = 0.99
+    moment_dtype: Dtype = "float32"
+
+    def _direction(self, params, axes):
+        return optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.moment_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent with heavy-ball or Nesterov momentum (Sutskever et al. 2013, in PyTorch's form)."""
+
+    learning_rate: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    moment_dtype: Dtype = "float32"
+
+    def _direction(self, params, axes):
+        if not self.momentum:
+            return optax.identity()
+        return optax.trace(self.momentum, self.nesterov, accumulator_dtype=self.moment_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor(Optimizer):
+    """Second moments of a matrix as one vector for its rows and one for its columns (Shazeer & Stern 2018,
+    arXiv:1804.04235, algorithms 4 and 5), with a learning rate relative to each parameter's size.
+
+    Each layer of a scanned stack is treated on its own, as if it were not stacked; weight decay is decoupled.
+    """
+
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    decay_rate: float = 0.8
+    """The second moments' decay in step t is 1 - t^-decay_rate (section 7.2)."""
+    clip_update: float = 1.0
+    """Largest root mean square of one parameter's update (section 6); 0 for no such clipping."""
+    relative: bool = True
+    """Scale each update by the root mean square of its parameter, 1e-3 at least (section 8)."""
+    momentum: float = 0.0
+    min_factored: int = 128
+    """Factor where the two largest axes have at least this size."""
+    eps: float = 1e-30
+    """Added to the squared gradients."""
+    moment_dtype: Dtype = "float32"
+    """Of the momentum."""
+
+    def _direction(self, params, axes):
+        direction = _chain(
+            optax.scale_by_factored_rms(True, self.decay_rate, 0, self.min_factored, self.eps),
+            optax.clip_by_block_rms(self.clip_update) if self.clip_update else None,
+            optax.scale_by_param_block_rms() if self.relative else None,
+            optax.ema(self.momentum, debias=False, accumulator_dtype=self.moment_dtype) if self.momentum else None,
+        )
+        return _by_layer(direction, params, axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon(Optimizer):
+    """Momentum orthogonalised by Newton-Schulz iterations (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for
+    the matrices, AdamW for embeddings, the head, norms and biases.
+
+    A matrix is a `kernel` that does not produce the vocabulary. Its axes other than "layers" and "expert" are taken as
+    inputs by outputs: the first by the rest where the first is "embed" (query: embed by heads x head_dim), else all but
+    the last by the last (attention's output: heads x head_dim by embed; a convolution: window x inputs by outputs).
+    The momentum is optax's: with Nesterov, and corrected for its start as in Adam.
+    """
+
+    learning_rate: float = 0.02
+    """Peak learning rate of the matrices."""
+    adam_learning_rate: float = 3e-4
+    """Peak learning rate of all else, on the same schedule."""
+    weight_decay: float = 0.01
+    adam: tuple[str, ...] = ()
+    """Patterns of further parameters that AdamW takes."""
+    momentum: float = 0.95
+    nesterov: bool = True
+    iterations: int = 5
+    """Newton-Schulz iterations."""
+    rms: float = 0.0
+    """Scale updates by rms sqrt(max(inputs, outputs)), their root mean square then being about `rms` for any shape: 0.2
+    gives them AdamW's size, to be used with AdamW's learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982).
+    0 for Jordan's sqrt(max(1, outputs / inputs))."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    moment_dtype: Dtype = "float32"
+
+    def _descent(self, params, steps, axes):
+        matrices = self._matrices(params, axes)
+
+        def scale(leaf, dims):
+            inputs, outputs = (math.prod(leaf.shape[i] for i in side) for side in dims)
+            return self.rms * math.sqrt(max(inputs, outputs)) if self.rms else math.sqrt(max(1.0, outputs / inputs))
+
+        def is_dims(x):
+            return isinstance(x, optax.contrib.MuonDimensionNumbers)
+
+        if not any(map(is_dims, jax.tree.leaves(matrices, is_leaf=is_dims))):
+            raise UserError("Muon found no matrix (a parameter named kernel) to train; AdamW would be right here.")
+        # optax.partition puts a MaskedNode where a leaf is not its own; so do these trees, to be of the same shape.
+        dims = jax.tree.map(lambda d: d if is_dims(d) else optax.MaskedNode(), matrices, is_leaf=is_dims)
+        scales = jax.tree.map(lambda p, d: scale(p, d) if is_dims(d) else optax.MaskedNode(), params, matrices)
+        muon = _chain(
+            optax.contrib.scale_by_muon(
+                ns_steps=self.iterations,
+                beta=self.momentum,
+                nesterov=self.nesterov,
+                mu_dtype=self.moment_dtype,
+                weight_dimension_numbers=dims,
+            ),
+            optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: s * u, updates, scales)),
+        )
+        adam = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.moment_dtype)
+        return optax.partition(
+            {
+                "muon": self._decayed(muon, self.learning_rate, steps),
+                "adam": self._decayed(adam, self.adam_learning_rate, steps),
+            },
+            jax.tree.map(lambda d: "muon" if is_dims(d) else "adam", matrices, is_leaf=is_dims),
+        )
+
+    def _matrices(self, params: PyTree, axes: PyTree | None) -> PyTree:
+        """For each leaf, which axes are its inputs and which its outputs, or "adam" for what is no matrix."""
+        parameters.match(self.adam, params, "optimizer.adam")
+        names = _names(axes)
+
+        def one(path, leaf, adam):
+            path = parameters.join(path)
+            if adam or path.split("/")[-1] != "kernel" or leaf.ndim < 2:
+                return "adam"
+            if axes is None and leaf.ndim > 2:
+                raise ValueError(f"'{path}' has {leaf.ndim} axes: Muon needs their logical names")
+            here = names.get(path, (None,) * leaf.ndim)
+            inner = [i for i, name in enumerate(here) if name not in ("layers", "expert")]
+            if "vocab" in here or len(inner) < 2:
+                return "adam"
+            cut = 1 if here[inner[0]] == "embed" else len(inner) - 1
+            return optax.contrib.MuonDimensionNumbers(tuple(inner[:cut]), tuple(inner[cut:]))
+
+        return jax.tree_util.tree_map_with_path(one, params, parameters.search(self.adam, params))
+
+
+def _by_layer(
+    transform: optax.GradientTransformation, params: PyTree, axes: PyTree | None
+) -> optax.GradientTransformation:
+    """The transformation applied to each layer of a stack ("layers" as first axis) as to a parameter of its own."""
+    names = _names(axes)
+
+    def depth(path, leaf):
+        return f"layers_{leaf.shape[0]}" if names.get(parameters.join(path), ())[:1] == ("layers",) else "single"
+
+    depths = jax.tree_util.tree_map_with_path(depth, params)
+    stacked = optax.GradientTransformation(jax.vmap(transform.init), jax.vmap(transform.update))
+    groups = sorted(set(jax.tree.leaves(depths)))
+    return optax.partition({g: transform if g == "single" else stacked for g in groups}, depths)
+
+
 def _chain(*transforms: optax.GradientTransformation | None) -> optax.GradientTransformation:
     return optax.chain(*(t for t in transforms if t is not None))
 
@@ -111,40 +283,44 @@ def is_names(x: Any) -> bool:
     return type(x) in (tuple, Names) and all(name is None or isinstance(name, str) for name in x)
 
 
-def state_axes(state: PyTree, axes: PyTree, params: PyTree | None = None) -> PyTree[Names]:
+def _names(axes: PyTree | None) -> dict[str, tuple[str | None, ...]]:
+    """Logical axis names by path."""
+    return {parameters.join(path): x for path, x in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_names)}
+
+
+def updates(state: PyTree) -> Int[Array, ""]:
+    """Updates made so far, by the optimizer's own count: `rate` of it is the learning rate of the next one."""
+    is_count = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    return next(x.count for x in jax.tree.leaves(state, is_leaf=is_count) if is_count(x))
+
+
+def state_axes(state: PyTree, axes: PyTree, params: PyTree) -> PyTree[Names]:
     """Logical axis names for every leaf of an optimizer's state.
 
-    A leaf whose path ends in the path of a parameter is laid out as that parameter is: with its names where the number
-    of axes (and the shape, if `params` is given) is the same, without one of them where one axis is missing
-    (Adafactor's factors; this needs `params`). All else is replicated.
+    A leaf whose path ends in the path of a parameter is laid out as that parameter is: with its names where the shape
+    is the same, without one of them where one axis is missing (Adafactor's factors). All else is replicated.
 
     Args:
         state: arrays or shapes, as from `jax.eval_shape(transform.init, params)`.
         axes: tuples of logical names, in a tree of the shape of the parameters.
         params: arrays or shapes of the parameters.
     """
-    names = {parameters.join(path): x for path, x in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_names)}
+    names = _names(axes)
     shapes = {parameters.join(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
     def one(path, leaf):
         keys = parameters.join(path).split("/")
-        owner = next((n for i in range(len(keys)) if (n := "/".join(keys[i:])) in names), None)
-        if owner is not None:
-            if leaf.ndim == len(names[owner]) and shapes.get(owner, leaf.shape) == leaf.shape:
-                return Names(names[owner])
-            if leaf.ndim == len(names[owner]) - 1 > 0:
-                if params is None:
-                    raise ValueError(f"'{'/'.join(keys)}' lacks an axis of its parameter: give params to tell which")
-                axis = _missing(shapes[owner], leaf.shape, names[owner], last="v_row" in keys)
-                if axis is not None:
-                    return Names(names[owner][:axis] + names[owner][axis + 1 :])
-        return Names((None,) * leaf.ndim)
+        owner = next((n for i in range(len(keys)) if (n := "/".join(keys[i:])) in shapes and n in names), None)
+        if owner is not None and leaf.shape == shapes[owner]:
+            return Names(names[owner])
+        axis = None if owner is None else _missing(shapes[owner], leaf.shape, names[owner], rows="v_row" in keys)
+        return Names((None,) * leaf.ndim if axis is None else names[owner][:axis] + names[owner][axis + 1 :])
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def _missing(shape: tuple[int, ...], part: tuple[int, ...], names: tuple, last: bool) -> int | None:
-    """The axis without which `shape` is `part`. Of several of one size, Adafactor's rows lack the last, its columns the
-    one before it, and a stack of layers is never averaged over."""
+def _missing(shape: tuple[int, ...], part: tuple[int, ...], names: tuple[str | None, ...], rows: bool) -> int | None:
+    """The axis without which `shape` is `part`, or None. Of several of one size Adafactor's rows lack the last and its
+    columns the one before it; a stack's axis is never lacking."""
     found = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == part and names[i] != "layers"]
-    return None if not found else found[-1] if last or len(found) == 1 else found[-2]
+    return None if not found else found[-1] if rows or len(found) == 1 else found[-2]
