@@ -134,7 +134,7 @@ def _check(tree: Any, name: str, known: dict[str, Leaf]) -> None:
         node = children[part][1]
     place = ".".join(walked)
     if len(walked) == len(name.split(".")):
-        inside = [f"--{leaf.path}" for leaf in known.values() if leaf.path.startswith(place + ".")]
+        inside = [_flag(leaf.path) for leaf in known.values() if leaf.path.startswith(place + ".")]
         what = f"has fields of its own: {', '.join(inside[:4])}" if inside else "is empty in this experiment"
         raise UserError(f"--{name} is not one value; it {what}")
     if _children(node) is None:
@@ -143,8 +143,8 @@ def _check(tree: Any, name: str, known: dict[str, Leaf]) -> None:
             "set it in the experiment file"
         )
     near = _repair(tree, name)
-    hint = f"; did you mean --{near}?" if near else ""
-    ends = [f"--{leaf.path}" for leaf in known.values() if leaf.path.endswith("." + _plain(name))]
+    hint = f"; did you mean {_flag(near)}?" if near else ""
+    ends = [_flag(leaf.path) for leaf in known.values() if leaf.path.endswith("." + _plain(name))]
     if ends and not walked:
         hint = f"; did you mean {' or '.join(ends[:3])}?"
     of = f" in {place} ({type(node).__name__})" if place else ""
@@ -177,6 +177,10 @@ def _positive(name: str, known: dict[str, Leaf]) -> str:
     return plain
 
 
+def _flag(path: str) -> str:
+    return f"--{path.replace('_', '-')}"
+
+
 def _plain(name: str) -> str:
     return name.replace("-", "_")
 
@@ -198,12 +202,12 @@ def _spell(name: str, values: list[str], known: dict[str, Leaf]) -> list[str]:
 def _wrong(leaf: Leaf, values: list[str]) -> str:
     expected = _expected(leaf.type)
     if expected is None:
-        return f"--{leaf.path} cannot be set on the command line: it is {leaf.value!r}; set it in the experiment file"
+        return f"{_flag(leaf.path)} cannot be set on the command line (it is {leaf.value!r}): set it in the file"
     if not values:
-        return f"--{leaf.path} needs a value: {expected}"
+        return f"{_flag(leaf.path)} needs a value: {expected}"
     text = " ".join(values)
     near = nearest(text, choices) if (choices := _choices(leaf.type)) else ""
-    return f"--{leaf.path} is {text!r}, which should be {expected}{near}"
+    return f"{_flag(leaf.path)} is {text!r}, which should be {expected}{near}"
 
 
 def _choices(kind: Any) -> list[str]:

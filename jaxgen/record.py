@@ -254,7 +254,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[Difference]:
             else:
                 found += differences(a, b, _join(path, key))
         return found
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(map(_is_tree, old + new)):
         pairs = zip(old, new, strict=True)
         return [d for i, (a, b) in enumerate(pairs) for d in differences(a, b, _join(path, str(i)))]
     return [] if type(old) is type(new) and old == new or _same_number(old, new) else [Difference(path, old, new)]
@@ -284,6 +284,10 @@ def resume(
             "give another --run-dir for a new run, or undo these changes to resume"
         )
     return found
+
+
+def _is_tree(x: Any) -> bool:
+    return isinstance(x, dict | list)
 
 
 def _is_data(x: Any) -> bool:
