@@ -1,0 +1,190 @@
+"""From a dataset to global arrays on the mesh, ahead of the step that needs them.
+
+Batch n is examples n * B .. n * B + B - 1, whoever reads them: a process reads the rows of its own devices, so any
+number of processes, and of workers in each, makes the same global batches, and a run resumes at step n by asking for
+batch n.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    import grain
+
+Batch = dict[str, jax.Array]
+Shardings = Mapping[str, jax.sharding.Sharding]
+
+
+def rows_needed(shardings: Shardings, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """Rows of a global batch that this process's devices hold a part of, ascending.
+
+    Args:
+      shardings: by name of the batch's arrays.
+      shapes: the global shapes (B, ...), by the same names.
+    """
+    rows: set[int] = set()
+    for name, shape in shapes.items():
+        for index in shardings[name].addressable_devices_indices_map(shape).values():
+            rows.update(range(*index[0].indices(shape[0])))
+    return sorted(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Item n: some rows of batch start + n, stacked; rows past the end of the dataset are zeros (weight 0)."""
+
+    dataset: grain.MapDataset
+    rows: Sequence[int]
+    batch_size: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        first = (self.start + int(index)) * self.batch_size
+        size = len(self.dataset)
+        examples = [self.dataset[first + row] if first + row < size else None for row in self.rows]
+        like = next((e for e in examples if e is not None), None) or self.dataset[0]
+        blank = {name: np.zeros_like(value) for name, value in like.items()}
+        examples = [blank if e is None else e for e in examples]
+        return {name: np.stack([e[name] for e in examples]) for name in like}
+
+
+class Loader:
+    """Iterates over (step, batch of global arrays) in a background thread that stays `prefetch` batches ahead.
+
+    Attributes:
+      wait_seconds: time that the consumer spent waiting for data, in all.
+
+    Args:
+      dataset: examples as dicts of arrays, indexed at random (`Prepared.train` or `heldout`).
+      shardings: a sharding for each array of the batch, by name; or one for all.
+      batch_size: rows B of the global batch.
+      start: the step to begin with.
+      stop: the step to end before; default: the end of the dataset.
+      workers: reading processes; 0 reads in the thread, which is best unless an example is much work.
+      prefetch: batches kept ready, each on the devices already.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, shardings: Shardings | jax.sharding.Sharding, batch_size: int,
+                 start: int = 0, stop: int | None = None, workers: int = 0, prefetch: int = 2):
+        example = dataset[0]
+        shapes = {name: (batch_size, *value.shape) for name, value in example.items()}
+        if isinstance(shardings, jax.sharding.Sharding):
+            shardings = dict.fromkeys(shapes, shardings)
+        self._shapes, self._shardings = shapes, shardings
+        rows = rows_needed(shardings, shapes)
+        self._place = {row: i for i, row in enumerate(rows)}
+        if stop is None:
+            stop = -(-len(dataset) // batch_size)
+        self._source = Rows(dataset, rows, batch_size, start, stop)
+        self._start, self._workers = start, workers
+        self._ready: queue.Queue = queue.Queue(max(prefetch, 1))
+        self._closed = threading.Event()
+        self.wait_seconds = 0.0
+        self._thread = threading.Thread(target=self._fill, name="jaxgen-loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        return self
+
+    def __next__(self) -> tuple[int, Batch]:
+        began = time.perf_counter()
+        try:
+            while True:
+                if self._closed.is_set():
+                    raise StopIteration
+                try:
+                    item = self._ready.get(timeout=1.0)  # wakes up, so that Ctrl-C is heard everywhere
+                    break
+                except queue.Empty:
+                    if not self._thread.is_alive() and self._ready.empty():
+                        raise RuntimeError("the loader's thread ended without a word") from None
+        finally:
+            self.wait_seconds += time.perf_counter() - began
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread and drops what it had ready; may be called twice."""
+        self._closed.set()
+        while True:
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                break
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _fill(self) -> None:
+        try:
+            for step, local in enumerate(self._batches(), self._start):
+                if not self._put((step, {name: self._global(name, local[name]) for name in self._shapes})):
+                    return
+            self._put(StopIteration())
+        except BaseException as e:  # it is the consumer's to see
+            self._put(e)
+
+    def _put(self, item: Any) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+        if not self._workers:
+            yield from (self._source[n] for n in range(len(self._source)))
+            return
+        import grain
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only absl's own main parses
+            flags.FLAGS.mark_as_parsed()
+        still = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        dataset = grain.MapDataset.source(self._source).to_iter_dataset(still)
+        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+        yield from dataset.mp_prefetch(options)
+
+    def _global(self, name: str, local: np.ndarray) -> jax.Array:
+        shape = self._shapes[name]
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(shape[0])
+            here = self._place[first]  # rows of one device are neighbours, here as in the global batch
+            return local[(slice(here, here + last - first), *index[1:])]
+
+        return jax.make_array_from_callback(shape, self._shardings[name], part)
+
+
+def heldout_batches(dataset: grain.MapDataset, shardings: Shardings | jax.sharding.Sharding,
+                    batch_size: int) -> Iterator[Batch]:
+    """All examples of a finite dataset, in order, each once; the last batch is filled up with zeros (weight 0)."""
+    if not len(dataset):
+        return
+    with Loader(dataset, shardings, batch_size) as loader:
+        for _, batch in loader:
+            yield batch
+
+
