@@ -34,6 +34,7 @@ class Optimizer:
     schedule: Schedule = Cosine()
     """Fraction of the peak over the run."""
     weight_decay: float = 0.1
+    """Share of a decayed parameter that is taken off in a step, times the learning rate."""
     decay: tuple[str, ...] = ()
     """Patterns of the parameters to decay; () for the matrices: those named `kernel` or `embedding`."""
     clip: float = 1.0
@@ -97,10 +98,13 @@ class AdamW(Optimizer):
     """Adam (Kingma & Ba 2015, algorithm 1) with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2)."""
 
     b1: float = 0.9
+    """Decay of the gradients' mean."""
     b2: float = 0.95
+    """Decay of the squared gradients' mean."""
     eps: float = 1e-8
+    """Added to the root of the latter."""
     moment_dtype: Dtype = "float32"
-    """Of the first moment."""
+    """Of the gradients' mean, as it is kept."""
 
     def _direction(self, params, axes):
         return optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.moment_dtype)
@@ -114,8 +118,11 @@ class Lion(Optimizer):
     learning_rate: float = 1e-4
     weight_decay: float = 0.3
     b1: float = 0.9
+    """Share of the momentum in the mean with the gradient whose sign is the step."""
     b2: float = 0.99
+    """Decay of the momentum."""
     moment_dtype: Dtype = "float32"
+    """Of the momentum, as it is kept."""
 
     def _direction(self, params, axes):
         return optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.moment_dtype)
@@ -129,8 +136,11 @@ class SGD(Optimizer):
     weight_decay: float = 0.0
     clip: float = 0.0
     momentum: float = 0.9
+    """Decay of the gradients' sum; 0 for none."""
     nesterov: bool = False
+    """Look ahead by one step of the momentum."""
     moment_dtype: Dtype = "float32"
+    """Of the momentum, as it is kept."""
 
     def _direction(self, params, axes):
         if not self.momentum:
@@ -156,12 +166,13 @@ class Adafactor(Optimizer):
     relative: bool = True
     """Scale each update by the root mean square of its parameter, 1e-3 at least (section 8)."""
     momentum: float = 0.0
+    """Decay of the updates' mean; 0 for none."""
     min_factored: int = 128
     """Factor where the two largest axes have at least this size."""
     eps: float = 1e-30
     """Added to the squared gradients."""
     moment_dtype: Dtype = "float32"
-    """Of the momentum."""
+    """Of the momentum, as it is kept."""
 
     def _direction(self, params, axes):
         direction = _chain(
@@ -192,7 +203,9 @@ class Muon(Optimizer):
     adam: tuple[str, ...] = ()
     """Patterns of further parameters that AdamW takes."""
     momentum: float = 0.95
+    """Decay of the matrices' mean gradient."""
     nesterov: bool = True
+    """Look ahead by one step of the momentum."""
     iterations: int = 5
     """Newton-Schulz iterations."""
     rms: float = 0.0
@@ -200,9 +213,13 @@ class Muon(Optimizer):
     gives them AdamW's size, to be used with AdamW's learning rate and weight decay (Liu et al. 2025, arXiv:2502.16982).
     0 for Jordan's sqrt(max(1, outputs / inputs))."""
     b1: float = 0.9
+    """AdamW's."""
     b2: float = 0.95
+    """AdamW's."""
     eps: float = 1e-8
+    """AdamW's."""
     moment_dtype: Dtype = "float32"
+    """Of the momentum and of AdamW's first moment, as they are kept."""
 
     def _descent(self, params, steps, axes):
         matrices = self._matrices(params, axes)

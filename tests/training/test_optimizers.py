@@ -198,7 +198,10 @@ def muon(momentum, nesterov, iterations, rms, fallback):
 SCHEDULE = Cosine(warmup=2, final=0.1)
 CASES = {
     "adamw": (AdamW(schedule=SCHEDULE, learning_rate=0.01), adam(0.9, 0.95, 1e-8)),
-    "adamw, other": (AdamW(schedule=SCHEDULE, learning_rate=0.01, b1=0.0, b2=0.99, eps=1e-3, clip=0.0), adam(0.0, 0.99, 1e-3)),
+    "adamw, other": (
+        AdamW(schedule=SCHEDULE, learning_rate=0.01, b1=0.0, b2=0.99, eps=1e-3, clip=0.0),
+        adam(0.0, 0.99, 1e-3),
+    ),
     "lion": (Lion(schedule=SCHEDULE, learning_rate=0.01), lion(0.9, 0.99)),
     "sgd": (SGD(schedule=SCHEDULE, weight_decay=0.1, clip=0.5), sgd(0.9, False)),
     "sgd, plain": (SGD(schedule=SCHEDULE, momentum=0.0), sgd(0.0, False)),
@@ -449,6 +452,27 @@ def test_what_a_person_gets_wrong_is_told(make, words):
 def test_a_dtype_that_is_none_of_ours_is_told():
     with pytest.raises(Exception, match="float16"):  # by the run-time type check instead, where that is on
         AdamW(moment_dtype="float16")
+
+
+@pytest.mark.parametrize(
+    "shape, names, expected",
+    [
+        ((3, 6, 8), ("layers", "embed", "mlp"), ((1,), (2,))),
+        ((3, 8, 6), ("layers", "mlp", "embed"), ((1,), (2,))),
+        ((3, 6, 2, 4), ("layers", "embed", "heads", "head_dim"), ((1,), (2, 3))),
+        ((3, 6, 2, 4), ("layers", "embed", "kv_heads", "head_dim"), ((1,), (2, 3))),
+        ((3, 2, 4, 6), ("layers", "heads", "head_dim", "embed"), ((1, 2), (3,))),
+        ((3, 5, 6, 8), ("layers", "expert", "embed", "mlp"), ((2,), (3,))),
+        ((3, 3, 16, 32), (None, None, None, None), ((0, 1, 2), (3,))),
+        ((6, 8), ("embed", "mlp"), ((0,), (1,))),
+        ((6, 8), ("embed", "vocab"), "adam"),
+        ((3, 6), ("layers", "embed"), "adam"),
+        ((6,), ("embed",), "adam"),
+    ],
+)
+def test_what_muon_takes_for_a_matrix(shape, names, expected):
+    params = {"a": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    assert Muon()._matrices(params, {"a": {"kernel": names}})["a"]["kernel"] == expected
 
 
 def test_muon_without_names_takes_plain_matrices_only():
