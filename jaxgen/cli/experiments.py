@@ -10,8 +10,11 @@ from jaxgen.cli.options import Parser
 from jaxgen.errors import UserError, nearest
 
 
-def chosen(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, Any] | None:
-    """The verb's own arguments and the experiment with its overrides; None when help was asked for, and given."""
+def chosen(parser: Parser, argv: Sequence[str], simulate: bool = True) -> tuple[argparse.Namespace, Any] | None:
+    """The verb's own arguments and the experiment with its overrides; None when help was asked for, and given.
+
+    `simulate` makes as many devices as --devices says; a verb that only computes shapes needs none.
+    """
     own, rest = split(parser, argv)
     if own.file is None:
         if own.help:
@@ -19,7 +22,7 @@ def chosen(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, Any
             return None
         raise UserError(f"{parser.prog} needs an experiment file")
     files.existing(own.file)   # before anything slow
-    runtime.prepare(own.devices)
+    runtime.prepare(own.devices if simulate else None)
     from jaxgen.experiment import load, select
     from jaxgen.override import document, override
 
