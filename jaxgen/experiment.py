@@ -16,11 +16,14 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from jaxgen import files, record, runtime
+from jaxgen.data.base import Data
 from jaxgen.errors import UserError, nearest
+from jaxgen.evaluation.base import Evaluation
 from jaxgen.sharding import RULES, Mesh
 from jaxgen.tasks.base import Task
 from jaxgen.training.checkpoint import Checkpointing
 from jaxgen.training.ema import Ema
+from jaxgen.training.metrics import Logging
 from jaxgen.training.optimizers import Optimizer
 
 
@@ -64,7 +67,7 @@ class Experiment:
     """Names the run: its directory is runs/NAME."""
     task: Task
     """What is learned: holds the models and gives the loss."""
-    data: Any
+    data: Data
     """What is learned from."""
     optimizer: Optimizer | dict[str, Optimizer]
     """One optimizer, or one a player by the player's name."""
@@ -76,17 +79,19 @@ class Experiment:
     """Seeds the parameters, the order of the data and every random draw."""
     microbatches: int = 1
     """Parts that a batch is split into, one after the other, to save memory; the gradient is the whole batch's."""
+    max_skipped: int = 20
+    """Updates in a row with a loss or gradient that is not finite, at which the run stops."""
     mesh: Mesh = Mesh()
     """How the devices are arranged."""
     rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(RULES))
     """Mesh axes that each logical axis is split over."""
     ema: Ema | None = None
     """Moving average of the parameters; None keeps none."""
-    evaluations: tuple[Any, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
     """What is measured during and after training, each at its own interval."""
     checkpoint: Checkpointing = Checkpointing()
     """When the state is saved, and which steps are kept."""
-    log: Any = None
+    log: Logging = Logging()
     """When metrics are written, and where."""
     target: Target | None = None
     """The metric that the run must reach."""
@@ -96,7 +101,7 @@ class Experiment:
     def __post_init__(self):
         if not re.fullmatch(r"[\w.][\w.+-]*", self.name) or set(self.name) == {"."}:
             raise UserError(f"the experiment's name is {self.name!r}, which should be usable as a folder's name")
-        for field in ("batch_size", "steps", "microbatches"):
+        for field in ("batch_size", "steps", "microbatches", "max_skipped"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field} is {getattr(self, field)}, which should be at least 1")
         if self.batch_size % self.microbatches:

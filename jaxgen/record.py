@@ -184,7 +184,7 @@ class Stored(NamedTuple):
 
 def store(directory: str | Path, experiment: Any, pretrained: Mapping[str, Any] | None = None) -> None:
     """Writes `experiment.json` into the run directory, whole or not at all."""
-    pretrained = {k: to_record(v) for k, v in (pretrained or {}).items()}
+    pretrained = {k: v if _is_data(v) else to_record(v) for k, v in (pretrained or {}).items()}
     content = {"format": 1, "experiment": to_record(experiment), "pretrained": pretrained}
     file = Path(directory) / FILE
     partial = file.with_name(f".{FILE}.{os.getpid()}")
@@ -261,7 +261,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[Difference]:
 
 
 # What may change between the parts of one run: where it runs, how long, and what is only watched.
-CHANGEABLE = re.compile(r"(mesh|rules|topology|checkpoint|log|target)(\..*)?|evaluations\.\d+\.every")
+CHANGEABLE = re.compile(r"(mesh|rules|topology|checkpoint|log|target|max_skipped)(\..*)?|evaluations\.\d+\.every")
 
 
 def resume(

@@ -51,15 +51,11 @@ def describe(experiment: Any, devices: int | None = None) -> dict[str, Any]:
     """All that is shown, as JSON data. Bytes are of one device; FLOPs are of a training step, forward and backward."""
     import jax
 
-    from jaxgen.sharding import Sharding
-    from jaxgen.training.step import Program
+    from jaxgen.training.loop import program_of
 
     count = devices or chips(experiment.topology) or jax.device_count()
-    sharding = Sharding(experiment.mesh.abstract(count), experiment.rules)
-    spec = experiment.data.spec(experiment.batch_size)
-    program = Program(
-        experiment.task, experiment.optimizer, sharding, spec, experiment.steps, experiment.microbatches, experiment.ema
-    )
+    program = program_of(experiment, count)
+    spec = program.spec
     shapes, _ = program.shapes, program.batch_shardings   # which raises where the batch does not fit the mesh
     rows = _rows(program)
     flops, (unit, units) = experiment.task.flops(spec), experiment.task.units(spec)
@@ -71,7 +67,7 @@ def describe(experiment: Any, devices: int | None = None) -> dict[str, Any]:
     return {
         "experiment": record.to_record(experiment),
         "devices": count,
-        "mesh": {axis: size for axis, size in sharding.mesh.shape.items()},
+        "mesh": {axis: size for axis, size in program.sharding.mesh.shape.items()},
         "parameters": {"count": sum(p["count"] for p in parts.values()), "parts": parts},
         "flops": {"step": flops, "unit": unit, "units": units, "per_unit": None if flops is None else flops / units},
         "batch": {k: {"shape": list(s.shape), "dtype": s.dtype.name} for k, s in spec.items()},
