@@ -7,7 +7,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
+
+from jaxgen.sharding import Sharding
 
 Params = dict[str, Any]
 """Parameters by part; a part bears the name of the task's field that holds its module."""
@@ -30,6 +33,8 @@ class Context:
     """What changes without a gradient; an update goes into `Loss.state`."""
     ema: Any
     """The moving average of all parameters (by part), or None when the experiment keeps none."""
+    train: bool = flax.struct.field(pytree_node=False, default=True)
+    """False in evaluation: no dropout, no augmentation."""
 
     def keys(self) -> Array:
         """A random key for each example, from (seed, step, index) alone: (B,)."""
@@ -104,6 +109,13 @@ class Task:
     def check(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> None:
         """Raises UserError when batches of these shapes cannot be learned from."""
 
+    def check_data(self, data: Any) -> None:
+        """Raises UserError when the prepared data is not for this task's models."""
+
+    def axes(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[str | None, ...]]:
+        """Logical axis names of each array of a batch."""
+        return {name: ("batch", *(None,) * (s.ndim - 1)) for name, s in spec.items()}
+
     def units(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, int]:
         """What throughput is counted in, and how many of them a batch has."""
         return "examples", next(iter(spec.values())).shape[0]
@@ -121,3 +133,9 @@ def mean(values: Float[Array, "..."], weights: Float[Array, "..."] | None = None
     """(sum, weight) of values, for `Loss.metrics`."""
     weights = jnp.ones_like(values) if weights is None else weights
     return jnp.sum(values * weights), jnp.sum(weights)
+
+
+def batch_shardings(task: Task, sharding: Sharding, spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, NamedSharding]:
+    """The layout of a batch of these shapes."""
+    axes = task.axes(spec)
+    return {name: sharding.named(axes[name], s.shape, f"The batch's {name}") for name, s in spec.items()}

@@ -36,7 +36,7 @@ class LanguageModel(Task):
         weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
         hidden, _ = self.model.apply(
             variables, tokens, batch.get("segment_ids"), batch.get("positions"),
-            key=context.key if self.model.dropout else None, method="hidden",
+            key=context.key if context.train else None, method="hidden",
         )  # fmt: skip
         total = vocabulary_loss(
             lambda h: self.model.apply(variables, h, method="logits"), hidden, targets, weights, self.loss_chunk
@@ -53,6 +53,17 @@ class LanguageModel(Task):
             )
         if self.loss_chunk and length % self.loss_chunk:
             raise UserError(f"task.loss_chunk = {self.loss_chunk} does not divide data.length = {length}.")
+
+    def check_data(self, data):
+        tokenizer = data.tokenizer
+        if tokenizer is not None and tokenizer.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"The tokenizer has {tokenizer.vocab_size} tokens and task.model.vocab_size is "
+                f"{self.model.vocab_size}; it should be at least as many."
+            )
+
+    def axes(self, spec):
+        return {name: ("batch", "length") for name in spec}
 
     def units(self, spec):
         batch, length = spec["tokens"].shape

@@ -92,8 +92,8 @@ class Checkpoints:
         """Save `state` as `step` in the background: it is on the host when this returns, so its buffers may be donated.
 
         Waits for the save before. UserError: that one, or the start of this one, failed for want of space or of
-        permission; the steps before are whole. Steps at or after `step` from which the run went back (by `restore` of an older one)
-        are set aside, and deleted once this one is whole. `wait` before the program ends.
+        permission; the steps before are whole. Steps at or after `step`, from which the run went back by `restore` of
+        an older one, are set aside, and deleted once this one is whole. `wait` before the program ends.
         """
         step = int(step)
         self._start_writing(step)
@@ -409,8 +409,7 @@ def _read(folder: epath.Path, target: Any, part: str, cast: bool) -> Any:
     args = {item: ocp.args.PyTreeRestore(tree, jax.tree.map(leaves.restore_args, tree), partial_restore=True)
             for item, tree in leaves.items(wanted).items()}
     restored = _orbax().restore(folder, args=ocp.args.Composite(**args)) if args else {}
-    found = {name: leaf for item in args for name, leaf in leaves.named(restored[item]).items()}
-    values = [found[name] if name in found else leaves.empty(leaf) for name, leaf in wanted.items()]
+    values = [leaves.empty(leaf) if 0 in leaf.shape else leaves.pick(restored, name) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(target), values)
 
 
@@ -421,7 +420,7 @@ def _orbax() -> ocp.AsyncCheckpointer:
 
 def _told_by_wait(record: logging.LogRecord) -> bool:
     """Drops the tracebacks that Orbax's threads log: `wait` raises the same errors."""
-    return "_SignalingThread.run() raised" not in str(record.msg)
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 # Between processes

@@ -1,5 +1,6 @@
 """Trees as named leaves, and the Orbax items that hold them."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,8 +33,8 @@ def named(tree: Any) -> dict[str, Any]:
 
 def _component(key: Any) -> str:
     for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):   # "/" joins names, and Orbax joins them by "."
-            return re.sub(r"[%/.]", lambda match: f"%{ord(match[0]):02X}", str(getattr(key, attribute)))
+        if hasattr(key, attribute):   # "/" joins names here and "." in Orbax: escape them as JSON pointers do
+            return str(getattr(key, attribute)).replace("~", "~0").replace("/", "~1").replace(".", "~2")
     raise TypeError(f"a key path of this kind is not known: {key!r}")
 
 
@@ -55,6 +56,11 @@ def items(leaves: Mapping[str, Any]) -> dict[str, dict]:
             node = node.setdefault(component, {})
         node[last] = leaf
     return trees
+
+
+def pick(trees: Mapping[str, Any], name: str) -> Any:
+    """A leaf of what `items` gave."""
+    return functools.reduce(lambda node, component: node[component], name.split("/"), trees[item(name)])
 
 
 def below(leaves: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Text decoding: one compiled loop over an explicit cache."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxgen.models.gpt import GPT
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. All of it is traced: changing it compiles nothing."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Draw from the smallest set of tokens with this much probability (Holtzman et al. 2020); 1 for all."""
+
+    def arrays(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        return jnp.float32(self.temperature), jnp.float32(self.top_p)
+
+
+def draw(
+    logits: Float[Array, "B V"], keys: Array, temperature: Float[Array, ""], top_p: Float[Array, ""]
+) -> Int[Array, "B"]:
+    """A token for each row, with its own key."""
+    scaled = logits.astype(jnp.float32) / jnp.maximum(temperature, 1e-6)
+    ordered = jnp.sort(scaled, axis=-1, descending=True)
+    mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    kept = jnp.sum(mass - jax.nn.softmax(ordered, axis=-1) < top_p, axis=-1)  # the token that crosses top_p included
+    floor = jnp.take_along_axis(ordered, kept[:, None] - 1, axis=-1)
+    drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(scaled < floor, -jnp.inf, scaled))
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "new_tokens"))
+def generate(
+    model: GPT,
+    params: Any,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    key: Array,
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""],
+    new_tokens: int,
+    stop: Int[Array, ""] = -1,
+) -> Int[Array, "B N"]:
+    """`new_tokens` tokens after each prompt; what follows `stop` is `stop`.
+
+    Args:
+      prompts: padded on the right; `lengths` says how much of each is real (at least 1).
+      key: example i draws with fold_in(fold_in(key, i), n) for its n-th token: the same alone and in any batch.
+    """
+    batch, width = prompts.shape
+    variables = {"params": params}
+    cache = model.empty_cache(batch, width + new_tokens)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+
+    def logits_of(hidden):
+        return model.apply(variables, hidden, method="logits")
+
+    def pick(logits, n):
+        return draw(logits, jax.vmap(lambda k: jax.random.fold_in(k, n))(keys), temperature, top_p)
+
+    at = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
+    hidden, cache = model.apply(variables, prompts, positions=at, cache=cache, method="hidden")
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    token = pick(logits_of(last)[:, 0], 0)
+
+    def body(n, carry):
+        token, out, cache = carry
+        out = out.at[:, n - 1].set(token)
+        hidden, cache = model.apply(
+            variables, token[:, None], positions=(lengths + n - 1)[:, None], cache=cache, method="hidden"
+        )
+        new = pick(logits_of(hidden)[:, 0], n)
+        return jnp.where(token == stop, token, new), out, cache
+
+    out = jnp.zeros((batch, new_tokens), jnp.int32)
+    token, out, _ = jax.lax.fori_loop(1, new_tokens, body, (token, out, cache))
+    return out.at[:, new_tokens - 1].set(token)

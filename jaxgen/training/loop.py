@@ -1,0 +1,419 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform as host
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxgen import record
+from jaxgen.data.loader import Loader
+from jaxgen.errors import UserError
+from jaxgen.evaluation.base import Evaluation, Setting
+from jaxgen.sharding import Sharding
+from jaxgen.training import metrics as metering
+from jaxgen.training.checkpoint import Checkpoints, reached_preemption
+from jaxgen.training.hardware import peak_flops
+from jaxgen.training.parameters import merge
+from jaxgen.training.state import TrainState
+from jaxgen.training.step import Program
+
+if TYPE_CHECKING:
+    from jaxgen.experiment import Experiment, Source
+
+PROFILED = (5, 10)  # steps after the first that a profile covers
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    directory: Path
+    step: int
+    metrics: dict[str, float]
+    """The last value of each metric."""
+    state: TrainState
+    preempted: bool = False
+    """The run was asked to leave, and saved where it stood."""
+
+
+def program_of(experiment: Experiment, devices: Any = None) -> Program:
+    """The compiled program of an experiment on its mesh: of the given devices, all there are, or (a number) of so many
+    that need not exist, for tracing alone."""
+    mesh = experiment.mesh.abstract(devices) if isinstance(devices, int) else experiment.mesh.build(devices)
+    return Program(
+        experiment.task,
+        experiment.optimizer,
+        Sharding(mesh, experiment.rules),
+        experiment.data.spec(experiment.batch_size),
+        experiment.steps,
+        experiment.microbatches,
+        experiment.ema,
+    )
+
+
+def train(
+    experiment: Experiment,
+    run_dir: str | Path,
+    resume: bool = False,
+    profile: bool = False,
+    pretrained: Sequence[Source] = (),
+) -> Result:
+    """Trains an experiment in a run directory, or goes on with the run that it holds.
+
+    Raises UserError for a directory that holds another run, data or a mesh that does not fit, and a loss that stays
+    not finite.
+    """
+    directory, lead = Path(run_dir), jax.process_index() == 0
+    console = metering.Console(experiment.steps, experiment.task.units(experiment.data.spec(experiment.batch_size))[0], lead)
+    program = program_of(experiment)
+    program.shapes  # noqa: B018  what does not fit is found before any data is read
+    data = experiment.data.prepare(progress=console.prepare)
+    experiment.task.check_data(data)
+
+    changes = _enter(directory, experiment, data, pretrained, resume)
+    for change in changes:
+        console.say(f"{directory} goes on with another {change}")
+    checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, report=console.say)
+    state = _restore(program, checkpoints)
+    if state is None:
+        state = _begin(program, experiment, checkpoints, pretrained)
+    elif lead:
+        console.say(f"resumed {directory} at step {int(state.step)}")
+    step = int(state.step)
+    if step >= experiment.steps:
+        console.say(f"{directory} is finished: it has its {experiment.steps} steps")
+        return Result(directory, step, metering.last(directory), state)
+
+    _greet(console, directory, experiment, program, data)
+    setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed)
+    measures = [(e, e.build(setting)) for e in experiment.evaluations]
+    writer = metering.Writer(directory, step, experiment.log.tensorboard) if lead else None
+    loader = Loader(data.train(experiment.seed), program.batch_shardings, experiment.batch_size, start=step)
+    meter = _Meter(program, experiment.log.every, loader, writer, console, experiment.max_skipped)
+    collect = experiment.task.collect_every
+    preempted = False
+
+    with _sigterm() as asked, contextlib.ExitStack() as stack:
+        stack.callback(loader.close)
+        stack.callback(console.close)
+        if writer is not None:
+            stack.callback(writer.close)
+        console.start(step)
+        batches = iter(loader)
+        begin = step
+        while step < experiment.steps:
+            if profile and step - begin == PROFILED[0]:
+                jax.profiler.start_trace(str(directory / "profile"))
+            number, data_batch = next(batches)
+            if step % collect == 0:
+                key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
+                batch = experiment.task.collect(state, data_batch, key)
+            state, metrics = program.step(state, batch)
+            step += 1
+            meter.step(step, metrics)  # reads those of the step before, while this one runs
+            if profile and step - begin == PROFILED[1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                console.say(f"profile of steps {begin + PROFILED[0] + 1} to {step} in {directory / 'profile'}")
+
+            at_end = step == experiment.steps
+            preempted = step % collect == 0 and (asked.is_set() or reached_preemption(step))
+            due = [m for e, m in measures if at_end or (e.every and step % e.every == 0)]
+            found = {}
+            if due and not preempted:
+                with meter.paused():
+                    named = zip([e for e, m in measures if m in due], due, strict=True)
+                    found = _evaluate(named, program, state, step, directory, writer)
+                    if not at_end:
+                        _tell(console, step, found)
+            if meter.diverged or at_end or preempted or _due(step, experiment.checkpoint.every, collect):
+                meter.flush()
+                with meter.paused():
+                    checkpoints.save(step, state.replace(frozen=None), found)
+            if preempted or meter.diverged:
+                break
+        meter.flush()
+        checkpoints.wait()
+
+    if meter.diverged:
+        raise UserError(
+            f"The loss or gradient was not finite for {experiment.max_skipped} steps in a row, up to step {step}; the "
+            f"parameters before them are saved as step {step} of {directory}. A lower optimizer.learning_rate, or a "
+            "longer warm-up, may help."
+        )
+    result = Result(directory, step, metering.last(directory) if lead else {}, state, preempted)
+    if lead and not preempted:
+        _conclude(console, result, data, experiment)
+    return result
+
+
+# ---- the run directory ----
+
+
+def _enter(directory: Path, experiment: Experiment, data: Any, pretrained: Sequence[Source], resume: bool) -> list[Any]:
+    """Makes the run directory, or checks that it holds this run; the differences that it goes on with."""
+    changes = []
+    if (directory / record.FILE).is_file():
+        old = record.stored(directory)
+        facts = json.loads((directory / "run.json").read_text()) if (directory / "run.json").is_file() else {}
+        changes = record.resume(
+            old.experiment, record.to_record(experiment), lambda: facts.get("data") == data.fingerprint, directory
+        )
+        if facts and facts.get("data") != data.fingerprint:
+            raise UserError(
+                f"The data of {directory} has changed since the run began: its content is not what the run was trained "
+                "on; give another --run-dir for a new run, or bring the old data back."
+            )
+    elif resume:
+        raise UserError(f"There is no run in {directory} to resume.")
+    if jax.process_index() == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if data.tokenizer is not None:
+                data.tokenizer.save(directory / "tokenizer")
+            _write_json(directory / "run.json", {"data": data.fingerprint, "facts": data.facts, **_versions()})
+            # last, since it is what makes the directory a run
+            record.store(directory, experiment, {s.path: record.to_record(s.pretrained) for s in pretrained})
+        except OSError as error:
+            raise UserError(f"Cannot write the run directory {directory}: {error.strerror or error}.") from None
+    return changes
+
+
+def _versions() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    names = ("jaxgen", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    devices = jax.devices()
+    return {
+        "versions": {"python": host.python_version(), **{name: version(name) for name in names}},
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "host": host.platform(),
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+# ---- the state ----
+
+
+def _restore(program: Program, checkpoints: Checkpoints) -> TrainState | None:
+    """The newest whole step, in this mesh's layout; None when there is none."""
+    shapes = program.shapes
+    found = checkpoints.resume(shapes.replace(frozen=None))
+    if found is None:
+        return None
+    frozen = shapes.frozen
+    if jax.tree.leaves(frozen):
+        frozen = checkpoints.restore_once("frozen", frozen)
+    return found[1].replace(frozen=frozen)
+
+
+def _begin(
+    program: Program, experiment: Experiment, checkpoints: Checkpoints, pretrained: Sequence[Source]
+) -> TrainState:
+    """A new state, with the weights that come from elsewhere in their places."""
+    state = program.init(experiment.seed)
+    for source in pretrained:
+        part = source.path.removeprefix("task.").split(".")[0]
+        old = _read_pretrained(program, source, part)
+        trainable = jax.tree.map(lambda p, w: None if p is None else w, state.params[part], old, is_leaf=_none)
+        frozen = jax.tree.map(lambda p, w: None if p is None else w, state.frozen[part], old, is_leaf=_none)
+        state = state.replace(params={**state.params, part: trainable}, frozen={**state.frozen, part: frozen})
+    if pretrained and program.ema is not None:
+        state = state.replace(ema=jax.jit(program.ema.init, out_shardings=program.shardings.ema)(state.params))
+    if jax.tree.leaves(state.frozen):
+        checkpoints.save_once("frozen", state.frozen)
+    return state
+
+
+def _none(x: Any) -> bool:
+    return x is None
+
+
+def _read_pretrained(program: Program, source: Source, part: str) -> Any:
+    """The weights of a source's part, streamed into this run's layout."""
+    wanted = source.pretrained
+    target = merge(program.shapes.params, program.shapes.frozen)[part]
+    reader = Checkpoints(Path(source.directory) / "checkpoints", read_only=True)
+    theirs = wanted.part.removeprefix("task.").split(".")[0]
+    step = wanted.step if wanted.step in ("latest", "best") else int(wanted.step)
+    kept = any(name.startswith(f"ema/{theirs}") for name in reader.contents(step))
+    tree = "ema" if wanted.weights == "ema" and kept else "params"
+    _, values = reader.restore(target, step, part=f"{tree}/{theirs}", cast=True)
+    return values
+
+
+# ---- evaluation ----
+
+
+def weights_of(program: Program, state: TrainState, which: str = "ema") -> dict[str, Any]:
+    """All parameters by part: the averaged ones where they are kept and wanted, else the raw."""
+    average = which == "ema" and state.ema is not None
+    return merge(program.ema.weights(state.ema) if average else state.params, state.frozen)
+
+
+def _evaluate(
+    measures: Any, program: Program, state: TrainState, step: int, directory: Path, writer: metering.Writer | None
+) -> dict[str, float]:
+    """All that is due, written; the numbers."""
+    params, found = weights_of(program, state), {}
+    for evaluation, measure in measures:
+        report = measure(params, state.state, step)
+        numbers = {f"eval/{evaluation.name}/{k}": v for k, v in report.metrics.items()}
+        found |= numbers
+        if writer is None:
+            continue
+        if numbers:
+            writer.write(step, numbers)
+        for name, text in report.texts.items():
+            path = directory / "samples" / f"{step:08d}-{name}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            writer.text(name, step, text)
+    return found
+
+
+def _tell(console: metering.Console, step: int, found: dict[str, float]) -> None:
+    if found:
+        console.say(f"step {step}: " + ", ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in found.items()))
+
+
+# ---- pace ----
+
+
+def _due(step: int, every: int, collect: int) -> bool:
+    """Whether a save falls between here and the collection before: saves stand on collections' boundaries."""
+    return step % collect == 0 and step // every > (step - collect) // every
+
+
+class _Meter:
+    """Reads the metrics of each step once the next is dispatched, and measures the pace between two lines."""
+
+    def __init__(self, program, every, loader, writer, console, max_skipped):
+        self._every, self._loader, self._writer, self._console = every, loader, writer, console
+        self._unit, self._units = program.task.units(program.spec)
+        self._flops = program.task.flops(program.spec)
+        devices = program.sharding.mesh.devices
+        peak = peak_flops(devices.flat[0].device_kind)
+        self._peak = peak and peak * devices.size
+        self._max_skipped = max_skipped
+        self._pending: tuple[int, Any] | None = None
+        self._steps, self._time, self._waited = 0, time.perf_counter(), loader.wait_seconds
+        self._first = True
+        self.diverged = False
+
+    def step(self, step: int, metrics: Any) -> None:
+        """Take a step's metrics, and read those of the step before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Read what is pending: waits for its step to end."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        metrics = jax.device_get(metrics)
+        self._steps += 1
+        if self._first:  # the first step has the compilation in it
+            self._restart(False)
+        self.diverged = bool(metrics["skipped_in_a_row"] >= self._max_skipped)
+        if step % self._every == 0 or self.diverged:
+            self._write(step, {k: float(v) for k, v in metrics.items()})
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        values.pop("skipped_in_a_row")
+        values = {k: v for k, v in values.items() if not np.isnan(v) or k.endswith("loss")}
+        now, rate, mfu = time.perf_counter(), None, None
+        numbers = {f"train/{k}": v for k, v in values.items()}
+        if self._steps:
+            seconds = (now - self._time) / self._steps
+            rate = self._units / seconds
+            mfu = self._flops / seconds / self._peak if self._flops and self._peak else None
+            numbers |= {
+                f"train/{self._unit}_per_second": rate,
+                "train/step_seconds": seconds,
+                "train/data_wait_share": (self._loader.wait_seconds - self._waited) / max(now - self._time, 1e-9),
+                "train/mfu": mfu,
+            }
+            self._console.pace(seconds)
+        if self._writer is not None:
+            self._writer.write(step, numbers)
+        self._console.update(step, values, rate, mfu)
+        self._restart(False)
+
+    def _restart(self, first: bool) -> None:
+        self._first, self._steps, self._time, self._waited = first, 0, time.perf_counter(), self._loader.wait_seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here does not count."""
+        self.flush()
+        begin, waited = time.perf_counter(), self._loader.wait_seconds
+        try:
+            yield
+        finally:
+            self._time += time.perf_counter() - begin
+            self._waited += self._loader.wait_seconds - waited
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, in place of ending the process. With several processes JAX handles the signal, so that
+    all leave at one step."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- words ----
+
+
+def _greet(console: metering.Console, directory: Path, experiment: Experiment, program: Program, data: Any) -> None:
+    devices = jax.devices()
+    count = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(program.params_shapes))
+    mesh = {k: v for k, v in program.sharding.mesh.shape.items() if v > 1}
+    console.say(f"{experiment.name}: {count / 1e6:.2f} M parameters on {len(devices)} x {devices[0].device_kind}"
+                + (f", mesh {', '.join(f'{k} {v}' for k, v in mesh.items())}" if mesh else "") + f", in {directory}")
+    for name, note in experiment.task.notes(program.spec).items():
+        console.say(f"{name}: {note}")
+    if data.facts:
+        console.say("data: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                                         for k, v in data.facts.items()))
+
+
+def _conclude(console: metering.Console, result: Result, data: Any, experiment: Experiment) -> None:
+    """The end of a run: what was measured, a sample, and where all is."""
+    for name, value in result.metrics.items():
+        if name.startswith("eval/"):
+            print(f"{name.removeprefix('eval/')}: {value:.4f}")
+    for name, value in data.facts.items():
+        if "xz" in name:
+            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    for path in sorted((result.directory / "samples").glob(f"{result.step:08d}-*.txt")):
+        print(f"\n{path.read_text(encoding='utf-8')}")
+    print(f"run directory: {result.directory}")
+    sys.stdout.flush()
