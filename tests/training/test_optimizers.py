@@ -57,7 +57,7 @@ def flat(x) -> dict[str, np.ndarray]:
 def run(optimizer: Optimizer, params, grads, axes=AXES):
     """The parameters after each of the gradients, by path."""
     transform = optimizer.transform(params, STEPS, axes)
-    params, state = jax.tree.map(jnp.asarray, params), transform.init(params)
+    params, state = jax.tree.map(jnp.asarray, params), jax.jit(transform.init)(params)
 
     @jax.jit
     def step(params, state, grad):
@@ -226,7 +226,7 @@ def test_muon_orthogonalises_each_layers_matrix(rms, nesterov):
     compare(run(optimizer, params, grads), reference(optimizer, params, grads, direction, peak), params, 2e-4)
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), Lion(), SGD(), Adafactor(min_factored=4, momentum=0.9), Muon()])
+@pytest.mark.parametrize("optimizer", [AdamW(), Adafactor(min_factored=4, momentum=0.9), Muon()])
 def test_a_stack_of_layers_is_trained_as_its_layers(optimizer):
     optimizer = dataclasses.replace(optimizer, weight_decay=0.1)
 
