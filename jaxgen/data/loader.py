@@ -7,15 +7,18 @@ batch n.
 
 from __future__ import annotations
 
-import dataclasses
+import atexit
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+
+from jaxgen.data.batching import Rows
+from jaxgen.data.processes import workers as worker_processes
 
 if TYPE_CHECKING:
     import grain
@@ -36,29 +39,6 @@ def rows_needed(shardings: Shardings, shapes: Mapping[str, tuple[int, ...]]) -> 
         for index in shardings[name].addressable_devices_indices_map(shape).values():
             rows.update(range(*index[0].indices(shape[0])))
     return sorted(rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Item n: some rows of batch start + n, stacked; rows past the end of the dataset are zeros (weight 0)."""
-
-    dataset: grain.MapDataset
-    rows: Sequence[int]
-    batch_size: int
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        first = (self.start + int(index)) * self.batch_size
-        size = len(self.dataset)
-        examples = [self.dataset[first + row] if first + row < size else None for row in self.rows]
-        like = next((e for e in examples if e is not None), None) or self.dataset[0]
-        blank = {name: np.zeros_like(value) for name, value in like.items()}
-        examples = [blank if e is None else e for e in examples]
-        return {name: np.stack([e[name] for e in examples]) for name in like}
 
 
 class Loader:
@@ -88,13 +68,13 @@ class Loader:
         self._place = {row: i for i, row in enumerate(rows)}
         if stop is None:
             stop = -(-len(dataset) // batch_size)
-        self._source = Rows(dataset, rows, batch_size, start, stop)
-        self._start, self._workers = start, workers
+        self._rows, self._start, self._stop, self._workers = Rows(dataset, rows, batch_size), start, stop, workers
         self._ready: queue.Queue = queue.Queue(max(prefetch, 1))
         self._closed = threading.Event()
         self.wait_seconds = 0.0
         self._thread = threading.Thread(target=self._fill, name="jaxgen-loader", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread inside JAX while the interpreter goes down would crash it
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         return self
@@ -121,6 +101,7 @@ class Loader:
     def close(self) -> None:
         """Stops the thread and drops what it had ready; may be called twice."""
         self._closed.set()
+        atexit.unregister(self.close)
         while True:
             try:
                 self._ready.get_nowait()
@@ -137,9 +118,10 @@ class Loader:
 
     def _fill(self) -> None:
         try:
-            for step, local in enumerate(self._batches(), self._start):
-                if not self._put((step, {name: self._global(name, local[name]) for name in self._shapes})):
-                    return
+            with worker_processes(self._rows, self._workers) as run:
+                for step, local in run(range(self._start, self._stop)):
+                    if not self._put((step, {name: self._global(name, local[name]) for name in self._shapes})):
+                        return
             self._put(StopIteration())
         except BaseException as e:  # it is the consumer's to see
             self._put(e)
@@ -152,20 +134,6 @@ class Loader:
             except queue.Full:
                 pass
         return False
-
-    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-        if not self._workers:
-            yield from (self._source[n] for n in range(len(self._source)))
-            return
-        import grain
-        from absl import flags
-
-        if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only absl's own main parses
-            flags.FLAGS.mark_as_parsed()
-        still = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        dataset = grain.MapDataset.source(self._source).to_iter_dataset(still)
-        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-        yield from dataset.mp_prefetch(options)
 
     def _global(self, name: str, local: np.ndarray) -> jax.Array:
         shape = self._shapes[name]

@@ -88,7 +88,8 @@ class Documents:
 
     @functools.cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return tuple(np.load(self.plan / f"{name}.npy", mmap_mode="r") for name in ("starts", "lengths", "bins"))
+        paths = [self.plan / f"{name}.npy" for name in ("starts", "lengths", "bins")]
+        return tuple(np.load(p, mmap_mode="r" if p.stat().st_size > 128 else None) for p in paths)  # 128: header alone
 
     def __getstate__(self) -> dict:
         return {"tokens": self.tokens, "length": self.length, "plan": self.plan}

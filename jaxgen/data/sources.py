@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from jaxgen.data import cache as caching
+from jaxgen.data.base import Progress
 from jaxgen.errors import UserError, nearest
 
 PIECE = 1 << 20  # bytes: a plain text file longer than this comes in several pieces
@@ -48,7 +49,7 @@ class Source(abc.ABC):
         """All documents, in order."""
 
     @abc.abstractmethod
-    def fingerprint(self, cache: Path) -> str:
+    def fingerprint(self, cache: Path, progress: Progress | None = None) -> str:
         """Hash of the content; `cache` remembers those of files that have not changed."""
 
     @property
@@ -155,10 +156,11 @@ class Files(Source):
         for name, path in self.files:
             yield from _reader(path)(name, path, self.field, len(self.files) > 1)
 
-    def fingerprint(self, cache: Path) -> str:
-        hashes = content_hashes([path for _, path in self.files], cache)
-        # The folder's own name does not count: a copy elsewhere is the same data.
-        return caching.key(self.field, [(n, _reader(p).__name__, hashes[p]) for n, p in self.files])
+    def fingerprint(self, cache: Path, progress: Progress | None = None) -> str:
+        hashes = content_hashes([path for _, path in self.files], cache, progress)
+        # The folder's own name does not count, nor that of a single file: a copy elsewhere is the same data.
+        named = len(self.files) > 1
+        return caching.key(self.field, [(n if named else "", _reader(p).__name__, hashes[p]) for n, p in self.files])
 
     @functools.cached_property
     def size(self) -> int:
@@ -181,8 +183,8 @@ def _reader(path: str) -> Callable[[str, str, str, bool], Iterator[Piece]]:
 
 
 def _open(path: str) -> BinaryIO:
-    return gzip.open(path, "rb") if path.endswith(".gz") and "://" not in path else (
-        gzip.GzipFile(fileobj=_path(path).open("rb")) if path.endswith(".gz") else _path(path).open("rb"))
+    file = _path(path).open("rb")
+    return gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
 
 
 def _text(name: str, path: str, field: str, several: bool) -> Iterator[Piece]:
@@ -276,7 +278,7 @@ def _field(record: bytes, field: str, where: str, must_be_json: bool) -> str:
 # --- content hashes ------------------------------------------------------------------------------------------------
 
 
-def content_hashes(paths: list[str], cache: Path) -> dict[str, str]:
+def content_hashes(paths: list[str], cache: Path, progress: Progress | None = None) -> dict[str, str]:
     """SHA-256 of each local file, remembered by size and modification time; name, size and time of remote ones."""
     memo_file = cache / "hashes" / f"{caching.key(sorted(map(os.path.abspath, paths)))}.json"
     try:
@@ -296,8 +298,7 @@ def content_hashes(paths: list[str], cache: Path) -> dict[str, str]:
             if known and known[:3] == seen:
                 hashes[path] = known[3]
             else:
-                with Path(path).expanduser().open("rb") as f:
-                    hashes[path] = hashlib.file_digest(f, "sha256").hexdigest()
+                hashes[path] = _digest(Path(path).expanduser(), stat.st_size, progress)
             if now - stat.st_mtime_ns > 2e9:  # a file written this very second may change within its time stamp
                 remembered[path] = [*seen, hashes[path]]
     if remembered != memo and remembered:
@@ -307,6 +308,16 @@ def content_hashes(paths: list[str], cache: Path) -> dict[str, str]:
             temporary.write_text(json.dumps(remembered))
             temporary.replace(memo_file)
     return hashes
+
+
+def _digest(path: Path, size: int, progress: Progress | None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(8 * PIECE):
+            digest.update(block)
+            if progress and size > 64 * PIECE:
+                progress(f"hashing {path.name}", f.tell(), size)
+    return digest.hexdigest()
 
 
 # --- TFDS ----------------------------------------------------------------------------------------------------------
@@ -322,7 +333,10 @@ class Tfds(Source):
     @functools.cached_property
     def _split(self) -> tuple[str, str]:
         name, _, split = self.path.removeprefix("tfds:").partition("#")
-        return name, split or "train"
+        name, _, version = name.partition(":")
+        numbers = version.split(".")  # TFDS knows 1.0.0 and 1.0.*, but not 1.0
+        version = ".".join(numbers + ["*"] * (3 - len(numbers))) if version else ""
+        return f"{name}:{version}" if version else name, split or "train"
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -360,15 +374,14 @@ class Tfds(Source):
                 raise UserError(f"{self.path}: the field '{self.field}' is not text but {type(value).__name__}")
             yield Piece(str(number), value if isinstance(value, str) else value.decode(errors="replace"))
 
-    def fingerprint(self, cache: Path) -> str:
+    def fingerprint(self, cache: Path, progress: Progress | None = None) -> str:
         info = self._builder.info
         return caching.key("tfds", info.full_name, self._split, self.field,
                            [(n, list(s.shard_lengths), s.num_bytes) for n, s in sorted(info.splits.items())])
 
     @property
     def size(self) -> int:
-        split = self._builder.info.splits.get(self._split[1])
-        return split.num_bytes if split else 0
+        return self._builder.info.splits[self._split[1].split("[")[0]].num_bytes
 
 
 # --- Python's own documentation ------------------------------------------------------------------------------------
@@ -376,7 +389,8 @@ class Tfds(Source):
 # Tests, other people's packages, and modules that are mostly tables or generated.
 _NO_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3",
             "encodings", "turtledemo", "ensurepip", "pydoc_data", "lib-dynload", "__phello__", "_pyrepl",
-            "html/entities.py", "stringprep.py", "sre_constants.py", "this.py", "antigravity.py", "__hello__.py"}
+            "html/entities.py", "re/_casefix.py", "stringprep.py", "sre_constants.py", "this.py", "antigravity.py",
+            "__hello__.py"}
 _NO_PREFIX = ("config-", "_sysconfigdata", "_sysconfig_vars")
 
 
@@ -419,8 +433,8 @@ class PythonLibrary(Source):
         for name, path in self._files:
             yield from _text(name, path, "", True)
 
-    def fingerprint(self, cache: Path) -> str:
-        hashes = content_hashes([path for _, path in self._files], cache)
+    def fingerprint(self, cache: Path, progress: Progress | None = None) -> str:
+        hashes = content_hashes([path for _, path in self._files], cache, progress)
         return caching.key("python", self._topics, [(n, hashes[p]) for n, p in self._files])
 
     @functools.cached_property

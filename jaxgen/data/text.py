@@ -145,8 +145,8 @@ def _facts(name: str, meta: dict[str, Any], tokenizer: Tokenizer) -> dict[str, A
              "tokens": train["tokens"], "bytes": train["bytes"],
              "bytes_per_token": round(train["bytes"] / train["tokens"], 3),
              "heldout_documents": held["documents"], "heldout_tokens": held["tokens"], "heldout_bytes": held["bytes"],
-             "lossless": not train["unknown"] + held["unknown"]}
-    if not facts["lossless"]:
+             "lossless": meta["lossless"]}
+    if train["unknown"] + held["unknown"]:
         facts |= {"unknown": train["unknown"], "heldout_unknown": held["unknown"]}
     if meta["near_duplicates"]:
         facts["near_duplicates"] = len(meta["near_duplicates"])

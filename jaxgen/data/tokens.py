@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -10,11 +9,7 @@ import hashlib
 import json
 import lzma
 import os
-import pickle
-import queue
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,12 +19,14 @@ from jaxtyping import Int
 
 from jaxgen.data import cache as caching
 from jaxgen.data.base import Progress
+from jaxgen.data.processes import workers
 from jaxgen.data.sources import Piece, Source, open_source
 from jaxgen.data.tokenizers import Tokenizer, TokenizerConfig, load
 from jaxgen.errors import UserError
 
 VERSION = 1  # counts up when the same input would give other files
 XZ_LIMIT = 64 << 20  # bytes of held-out text up to which xz is run on it
+PROBE = 1 << 20  # characters of each part that are decoded again, to see whether the tokenizer loses anything
 PARTS = ("train", "heldout")
 
 
@@ -52,9 +49,9 @@ class Division:
     by: str
     other: Source | None = None
 
-    def fingerprint(self, cache: Path) -> str:
-        rest = [self.other.fingerprint(cache)] if self.other else [self.heldout, self.by]
-        return caching.key(VERSION, self.source.fingerprint(cache), *rest)
+    def fingerprint(self, cache: Path, progress: Progress | None = None) -> str:
+        rest = [self.other.fingerprint(cache, progress)] if self.other else [self.heldout, self.by]
+        return caching.key(VERSION, self.source.fingerprint(cache, progress), *rest)
 
     def pieces(self) -> Iterator[tuple[str, Piece]]:
         """("train" or "heldout", piece) in order; documents without text are left out, and near-duplicates."""
@@ -158,7 +155,7 @@ def fit(config: TokenizerConfig, divisions: Sequence[Division], cache: Path,
     if not config.trained:
         return config.fit(())
     key = caching.key(VERSION, type(config).__name__, dataclasses.asdict(config), _library(),
-                      [d.fingerprint(cache) for d in divisions])
+                      [d.fingerprint(cache, progress) for d in divisions])
 
     def texts() -> Iterator[str]:
         total = sum(d.source.size for d in divisions)
@@ -190,7 +187,7 @@ def tokenize(division: Division, tokenizer: Tokenizer, cache: Path, progress: Pr
     Raises:
       UserError: there is nothing to train on, or the source cannot be read.
     """
-    before = division.fingerprint(cache)
+    before = division.fingerprint(cache, progress)
     directory = cache / "tokens" / caching.key(before, tokenizer.fingerprint)
 
     def make(temporary: Path) -> None:
@@ -209,7 +206,7 @@ def _write(directory: Path, division: Division, tokenizer: Tokenizer, progress: 
     if processes is None:
         processes = min(os.cpu_count() or 1, 32) if total > 4 << 20 else 0
     counts = {part: dict.fromkeys(("documents", "tokens", "bytes", "characters", "unknown"), 0) for part in PARTS}
-    done = 0
+    done, exact = 0, True
     with contextlib.ExitStack() as stack:
         def create(name: str) -> BinaryIO:
             return stack.enter_context((directory / name).open("wb"))
@@ -217,10 +214,12 @@ def _write(directory: Path, division: Division, tokenizer: Tokenizer, progress: 
         streams = {part: create(f"{part}.bin") for part in PARTS}
         ends = {part: create(f"{part}.ends") for part in PARTS}
         heldout_text = create("heldout.txt")
-        encode = stack.enter_context(_encoders(tokenizer, processes))
+        encode = stack.enter_context(workers(_Encode(tokenizer), processes))
         for pieces, encoded in encode(_batches(division.pieces())):
             for (part, piece), ids in zip(pieces, encoded, strict=True):
                 count, data = counts[part], piece.text.encode(errors="replace")
+                if count["characters"] < PROBE:
+                    exact = exact and tokenizer.decode(ids) == piece.text
                 ids = ids.astype(dtype)
                 if tokenizer.unknown is not None:
                     count["unknown"] += int((ids == tokenizer.unknown).sum())
@@ -255,9 +254,18 @@ def _write(directory: Path, division: Division, tokenizer: Tokenizer, progress: 
             progress("compressing the held-out text with xz", 0, 0)
         xz = 8 * len(lzma.compress(text.read_bytes(), preset=9)) / held["bytes"]
     text.unlink()
-    meta = {"dtype": dtype, "parts": counts, "xz_bits_per_byte": xz,
+    exact = exact and not any(count["unknown"] for count in counts.values())
+    meta = {"dtype": dtype, "lossless": exact, "parts": counts, "xz_bits_per_byte": xz,
             "near_duplicates": sorted(division.near_duplicates if division.by == "name" and not division.other else ())}
     (directory / "meta.json").write_text(json.dumps(meta))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encode:
+    tokenizer: Tokenizer
+
+    def __call__(self, batch: list[tuple[str, Piece]]) -> list[Int[np.ndarray, " N"]]:
+        return [self.tokenizer.encode(piece.text) for _, piece in batch]
 
 
 def _batches(pieces: Iterator[tuple[str, Piece]], size: int = 1 << 20) -> Iterator[list[tuple[str, Piece]]]:
@@ -275,81 +283,6 @@ def _batches(pieces: Iterator[tuple[str, Piece]], size: int = 1 << 20) -> Iterat
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-# --- worker processes ----------------------------------------------------------------------------------------------
-# Plain child processes that speak over pipes: unlike multiprocessing's they never run the user's main script again,
-# need no fork beneath JAX's threads, and end by themselves when this process is killed, since their input ends.
-
-
-@contextlib.contextmanager
-def _encoders(tokenizer: Tokenizer, processes: int):
-    """Gives a function from batches of pieces to (batch, list of id arrays), in order, a bounded number in flight."""
-    if processes < 2 or not type(tokenizer).__module__.startswith("jaxgen."):
-        yield lambda batches: ((b, [tokenizer.encode(piece.text) for _, piece in b]) for b in batches)
-        return
-    code = f"import sys; sys.path[:] = {sys.path!r}; from jaxgen.data.tokens import _serve; _serve()"
-    children = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                for _ in range(processes)]
-    idle: queue.SimpleQueue = queue.SimpleQueue()
-    for child in children:
-        idle.put(child)
-
-    def ask(batch: list[tuple[str, Piece]]) -> list[np.ndarray]:
-        child = idle.get()
-        try:
-            _send(child.stdin, [piece.text for _, piece in batch])
-            answer = pickle.load(child.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as e:
-            raise RuntimeError(f"a tokenizing process died (exit code {child.poll()})") from e
-        finally:
-            idle.put(child)
-        return answer
-
-    def run(batches):
-        waiting = []
-        for batch in batches:
-            waiting.append((batch, pool.submit(ask, batch)))
-            if len(waiting) > processes + 2:
-                first, future = waiting.pop(0)
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
-
-    pool = concurrent.futures.ThreadPoolExecutor(processes)
-    try:
-        for child in children:
-            _send(child.stdin, tokenizer)
-        yield run
-    finally:
-        for child in children:
-            child.kill()
-        pool.shutdown(wait=True, cancel_futures=True)
-        for child in children:
-            child.wait()
-            child.stdout.close()
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.close()
-
-
-def _send(stream: BinaryIO, value: Any) -> None:
-    pickle.dump(value, stream, protocol=pickle.HIGHEST_PROTOCOL)
-    stream.flush()
-
-
-def _serve() -> None:
-    """The child: a tokenizer, then lists of texts, each answered by a list of id arrays."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    read, write = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not end up between the answers
-    try:
-        tokenizer = pickle.load(read)
-        while True:
-            _send(write, [tokenizer.encode(text) for text in pickle.load(read)])
-    except (EOFError, BrokenPipeError):
-        pass
 
 
 def train_tokenizer(path: str, vocab_size: int, output: str | Path, field: str = "text",
