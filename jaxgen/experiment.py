@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxgen import files, record, runtime
 from jaxgen.data.base import Data
 from jaxgen.errors import UserError, nearest
 from jaxgen.evaluation.base import Evaluation
+from jaxgen.pretrained import Pretrained
 from jaxgen.sharding import RULES, Mesh
 from jaxgen.tasks.base import Task
 from jaxgen.training.checkpoint import Checkpointing
@@ -43,20 +44,6 @@ class Target:
         if self.metric not in metrics:
             raise UserError(f"the target's metric {self.metric} was not measured{nearest(self.metric, metrics)}")
         return self.at_least <= metrics[self.metric] <= self.at_most
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """Stands where an experiment holds a model: the module and the weights are those of another run."""
-
-    source: str
-    """A run directory, or an experiment file whose smoke form is trained first (and cached)."""
-    part: str = "task.model"
-    """The field of the source's experiment that holds the module."""
-    weights: Literal["ema", "raw"] = "ema"
-    """The averaged weights (the raw ones where the source keeps no average), or the raw ones."""
-    step: str = "latest"
-    """A step of the source: a number, latest or best."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,17 +138,22 @@ def resolve(
     A run directory that was started from the same `Pretrained` has its own record of the module, so it goes on when
     the source is gone. Raises UserError for a missing source or part.
     """
-    trust = tuple(trust)
+    trust, asked = tuple(trust), dict(find(experiment))
     own = record.stored(run_dir) if run_dir and (Path(run_dir) / record.FILE).is_file() else None
+    if own and (changed := record.differences(own.pretrained, {k: record.to_record(v) for k, v in asked.items()})):
+        raise UserError(
+            f"{run_dir} holds a run whose weights come from elsewhere: {'; '.join(map(str, changed))}: "
+            "give another --run-dir for a new run"
+        )
     sources = []
-    for path, pretrained in find(experiment):
-        if own and own.pretrained.get(path) == record.to_record(pretrained):
+    for path, pretrained in asked.items():
+        if own:
             data, directory = own.experiment, Path(pretrained.source)
             module = record.from_record(_part(data, path, str(run_dir)), trust, path)
         else:
-            directory, pretrained_ = _source(pretrained, path, trust)
+            directory, more = _source(pretrained, path, trust)
             data = record.stored(directory).experiment
-            module = record.from_record(_part(data, pretrained.part, str(directory)), (*trust, *pretrained_), path)
+            module = record.from_record(_part(data, pretrained.part, str(directory)), (*trust, *more), path)
         sources.append(Source(path, pretrained, directory))
         experiment = _replace(experiment, path.split("."), module)
     return experiment, sources

@@ -19,6 +19,7 @@ from jaxgen.models.gpt import GPT
 from jaxgen.override import override
 from jaxgen.record import differences, from_record, resume, to_record
 from jaxgen.sharding import Mesh
+from jaxgen.tasks.base import Task
 from jaxgen.tasks.language import LanguageModel
 from jaxgen.training.ema import Ema
 from jaxgen.training.optimizers import AdamW
@@ -34,6 +35,13 @@ class Corpus:
 class Measure:
     every: int = 100
     count: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned(Task):
+    """Goes on from another run's model."""
+
+    model: GPT | Pretrained
 
 
 class Net(nn.Module):
@@ -318,7 +326,7 @@ def test_override_optimizers_by_player():
 
 
 def test_override_a_pretrained():
-    e = experiment(task=LanguageModel(Pretrained("runs/a")))
+    e = experiment(task=Tuned(Pretrained("runs/a")))
     assert override(e, ["--task.model.source", "runs/b"]).task.model == Pretrained("runs/b")
 
 
@@ -438,7 +446,7 @@ def test_resume_asks_for_the_content_of_other_paths():
 def test_resolve_rebuilds_the_module_of_a_run(tmp_path):
     source = experiment(data=Target("stands in"), evaluations=())
     record.store(tmp_path / "base", source)
-    e = experiment(task=LanguageModel(Pretrained(str(tmp_path / "base"))))
+    e = experiment(task=Tuned(Pretrained(str(tmp_path / "base"))))
     resolved, sources = resolve(e)
     assert resolved.task.model == source.task.model
     assert sources == [("task.model", Pretrained(str(tmp_path / "base")), tmp_path / "base")]
@@ -448,13 +456,16 @@ def test_resolve_rebuilds_the_module_of_a_run(tmp_path):
 def test_resolve_goes_on_when_the_source_is_gone(tmp_path):
     base = tmp_path / "base"
     record.store(base, experiment(data=Target("stands in"), evaluations=()))
-    e = experiment(data=Target("stands in"), evaluations=(), task=LanguageModel(Pretrained(str(base))))
+    e = experiment(data=Target("stands in"), evaluations=(), task=Tuned(Pretrained(str(base))))
     resolved, sources = resolve(e)
     record.store(tmp_path / "run", resolved, {s.path: s.pretrained for s in sources})
     (base / "experiment.json").unlink()
     assert resolve(e, run_dir=tmp_path / "run")[0] == resolved
     with pytest.raises(UserError, match=r"task\.model is to come from .*base"):
         resolve(e)
+    other = dataclasses.replace(e, task=Tuned(Pretrained(str(base), weights="raw")))
+    with pytest.raises(UserError, match=r"elsewhere: task\.model\.weights \('ema', now 'raw'\)"):
+        resolve(other, run_dir=tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -470,7 +481,7 @@ def test_resolve_goes_on_when_the_source_is_gone(tmp_path):
 def test_resolve_errors(tmp_path, pretrained, sentence):
     record.store(tmp_path / "base", experiment(data=Target("stands in"), evaluations=()))
     with pytest.raises(UserError, match=sentence):
-        resolve(experiment(task=LanguageModel(pretrained(tmp_path))))
+        resolve(experiment(task=Tuned(pretrained(tmp_path))))
 
 
 def test_resolve_trains_the_smoke_form_of_a_file_once(tmp_path, monkeypatch):
@@ -483,7 +494,7 @@ def test_resolve_trains_the_smoke_form_of_a_file_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr("jaxgen.experiment.train", train)
     file = write(tmp_path / "base.py", EXPERIMENT_FILE)
-    e = experiment(task=LanguageModel(Pretrained(str(file))))
+    e = experiment(task=Tuned(Pretrained(str(file))))
     for _ in range(2):
         resolved, (source,) = resolve(e)
         assert resolved.task.model == GPT() and source.directory.is_relative_to(runtime.cache_dir())

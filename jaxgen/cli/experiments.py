@@ -46,10 +46,13 @@ def _no_typo(parser: Parser, rest: list[str], fields: set[str]) -> None:
                 raise UserError(f"there is no option {option}{hint}")
 
 
-def split(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def split(
+    parser: Parser, argv: Sequence[str], positional: str = "file"
+) -> tuple[argparse.Namespace, list[str]]:
     """The verb's own arguments, and the words of the overrides.
 
-    Words after a `--field` are its values, up to the next option. FILE comes first, or last where it ends in .py.
+    Words after a `--field` are its values, up to the next option. The positional argument comes before them; a FILE
+    may come last, since it ends in .py.
     """
     takes = {option: action.nargs != 0 for action in parser._actions for option in action.option_strings}
     own: list[str] = []
@@ -72,6 +75,6 @@ def split(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list
             own.append(word)
             mine = True
     found = parser.parse(own)
-    if found.file is None and rest and rest[-1].endswith(".py"):
-        found.file = rest.pop()
+    if getattr(found, positional) is None and rest and rest[-1].endswith(".py"):
+        setattr(found, positional, rest.pop())
     return found, rest

@@ -1,0 +1,127 @@
+"""A run directory opened for use: the experiment rebuilt from its record, and weights of one of its steps."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxgen import record, runtime
+from jaxgen.errors import UserError, nearest
+
+OVERRIDES = ("data", "evaluations", "mesh", "rules", "batch_size", "seed")   # what does not change the weights' meaning
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+    """A run's experiment on this machine's devices, with the weights that were asked for."""
+
+    directory: Path
+    experiment: Any
+    program: Any
+    step: int
+    params: dict[str, Any]   # by part, on the mesh
+    state: Any
+
+
+def directory_of(arguments: argparse.Namespace, verb: str) -> Path:
+    """The run directory that RUN or --run-dir names; a bare name is looked for under runs/ too."""
+    given = arguments.run_dir or arguments.run
+    if given is None:
+        raise UserError(f"jaxgen {verb} needs a run directory")
+    if arguments.run_dir and arguments.run and Path(arguments.run_dir) != Path(arguments.run):
+        raise UserError(f"both {arguments.run} and --run-dir {arguments.run_dir} are given: which run is meant?")
+    path, named = Path(given), Path("runs") / given
+    return named if not path.exists() and named.exists() else path
+
+
+def open_run(arguments: argparse.Namespace, verb: str, overrides: Sequence[str] = ()) -> Opened:
+    """Reads a run: `--step` of its checkpoints, and the `--weights` of it. Changes nothing in the run directory."""
+    directory = directory_of(arguments, verb)
+    stored = record.stored(directory)   # before anything slow
+    runtime.prepare(arguments.devices)
+    runtime.start()
+    import jax
+
+    from jaxgen.override import override
+    from jaxgen.training.checkpoint import Checkpoints
+    from jaxgen.training.parameters import merge
+
+    _allowed(overrides)
+    experiment = override(record.from_record(stored.experiment, arguments.trust), overrides)
+    experiment, program = _program(_own_tokenizer(experiment, directory))
+    shapes = program.shapes
+    checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, read_only=True)
+    averaged = arguments.weights == "ema" and shapes.ema is not None
+    which, target = ("ema", shapes.ema) if averaged else ("params", shapes.params)
+    step, weights = checkpoints.restore(target, arguments.step, part=which)
+    if averaged:
+        weights = program.ema.weights(weights)
+    frozen, state = shapes.frozen, shapes.state
+    if jax.tree.leaves(frozen):
+        frozen = checkpoints.restore_once("frozen", frozen)
+    if jax.tree.leaves(state):
+        _, state = checkpoints.restore(state, step, part="state")
+    return Opened(directory, experiment, program, step, merge(weights, frozen), state)
+
+
+def _allowed(overrides: Sequence[str]) -> None:
+    for word in overrides:
+        top = word[2:].partition("=")[0].partition(".")[0].replace("-", "_")
+        if word.startswith("--") and top not in OVERRIDES:
+            raise UserError(
+                f"{word.partition('=')[0]} cannot be changed in a run that is made{nearest(top, OVERRIDES)}; "
+                f"only {', '.join(OVERRIDES)} can"
+            )
+
+
+def _program(experiment: Any) -> tuple[Any, Any]:
+    """The experiment as it fits these devices, and its program. Says where it had to be changed to fit."""
+    import jax
+
+    from jaxgen.sharding import Mesh
+    from jaxgen.training.loop import program_of
+
+    try:
+        experiment.mesh.sizes(jax.device_count())
+    except UserError:
+        print(f"the run's mesh does not fit {jax.device_count()} device(s): its data axis takes all", file=sys.stderr)
+        experiment = dataclasses.replace(experiment, mesh=Mesh())
+    sizes = experiment.mesh.sizes(jax.device_count())
+    shards = math.prod(sizes[axis] for axis in experiment.rules["batch"])
+    size = -(-experiment.batch_size // shards) * shards   # what is measured does not depend on it
+    experiment = dataclasses.replace(experiment, batch_size=size, microbatches=1)
+    return experiment, program_of(experiment)
+
+
+def _own_tokenizer(tree: Any, directory: Path) -> Any:
+    """The experiment with the tokenizer that the run keeps, so that other data is read as the model learned it."""
+    if not (directory / "tokenizer" / "tokenizer.json").is_file():
+        return tree
+    from jaxgen.data.tokenizers import Tokenizer, TokenizerConfig, load
+
+    @dataclasses.dataclass(frozen=True)
+    class Kept(TokenizerConfig):
+        tokenizer: Tokenizer
+
+        @property
+        def vocab_size(self) -> int:
+            return self.tokenizer.vocab_size
+
+        def fit(self, texts: Any = ()) -> Tokenizer:
+            return self.tokenizer
+
+    kept = Kept(load(directory / "tokenizer"))
+
+    def replaced(data: Any) -> Any:
+        if isinstance(data, TokenizerConfig):
+            return kept
+        if isinstance(data, tuple):
+            return tuple(map(replaced, data))
+        if record.is_node(data):
+            return dataclasses.replace(data, **{f.name: replaced(getattr(data, f.name)) for f in record.fields(data)})
+        return data
+
+    return dataclasses.replace(tree, data=replaced(tree.data))

@@ -1,0 +1,18 @@
+"""Weights from elsewhere, as an experiment says it. A task's field may be `model: GPT | Pretrained`."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Stands where an experiment holds a model: the module and the weights are those of another run."""
+
+    source: str
+    """A run directory, or an experiment file whose smoke form is trained first (and cached)."""
+    part: str = "task.model"
+    """The field of the source's experiment that holds the module."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averaged weights (the raw ones where the source keeps no average), or the raw ones."""
+    step: str = "latest"
+    """A step of the source: a number, latest or best."""
