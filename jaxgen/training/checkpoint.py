@@ -173,6 +173,9 @@ class Checkpoints:
                     orbax.wait_until_finished()
                     if jax.process_index() == 0:
                         manifests.write(folder, step, measured, described)
+                        self._damaged.discard(step)
+                        if step >= 0:
+                            self._retain()
                 finally:   # also after an error, so that no process waits in vain
                     ocp.multihost.get_barrier_sync_fn()(key=barrier, timeout_ms=1000 * _TIMEOUT)
                 if not (folder / manifests.NAME).exists():
@@ -180,8 +183,6 @@ class Checkpoints:
                 if step >= 0:
                     self._current = step
                     self._damaged.discard(step)
-                    if jax.process_index() == 0:
-                        self._retain()
             except BaseException as error:   # told by the next save or wait
                 self._error = error
 
