@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
+from jaxgen.errors import UserError
+
 
 @contextlib.contextmanager
 def workers(function: Callable[[Any], Any], processes: int) -> Iterator[Callable[[Iterable], Iterator[tuple]]]:
@@ -100,6 +102,7 @@ def serve() -> None:
             try:
                 answer = pickle.dumps((True, function(argument)), protocol=pickle.HIGHEST_PROTOCOL)
             except Exception as e:
-                e.add_note("in a data process:\n" + traceback.format_exc())
+                if not isinstance(e, UserError):  # which says all there is to say
+                    e.add_note("in a data process:\n" + traceback.format_exc())
                 answer = pickle.dumps((False, e))
             _send(answers, answer)

@@ -230,20 +230,19 @@ def _array_record(name: str, path: str, field: str, several: bool) -> Iterator[P
     with _reading(path):
         try:
             reader = ArrayRecordReader(str(_path(path)))
-        except Exception as e:
-            raise UserError(f"{path} is not an ArrayRecord file ({_first_line(e)})") from e
-        try:
             total = reader.num_records()
-            for start in range(0, total, 256):
-                try:
-                    records = reader.read(start, min(start + 256, total))
-                except Exception as e:
-                    raise UserError(f"{path} is damaged near record {start} ({_first_line(e)})") from e
-                for number, record in enumerate(records, start):
-                    yield Piece(f"{prefix}{number}",
-                                _field(record, field, f"{path}, record {number}", must_be_json=False))
-        finally:
-            reader.close()
+            if not total:
+                reader.close()  # only now it tells a damaged file from an empty one
+        except Exception as e:
+            raise UserError(f"{path} is not an ArrayRecord file, or a damaged one ({_first_line(e)})") from e
+        for start in range(0, total, 256):
+            try:
+                records = reader.read(start, min(start + 256, total))
+            except Exception as e:
+                raise UserError(f"{path} is damaged near record {start} ({_first_line(e)})") from e
+            for number, record in enumerate(records, start):
+                where = f"{path}, record {number}"
+                yield Piece(f"{prefix}{number}", _field(record, field, where, must_be_json=False))
 
 
 def _first_line(error: Exception) -> str:

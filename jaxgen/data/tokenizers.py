@@ -198,9 +198,9 @@ class SentencePiece(TokenizerConfig):
     vocab_size: int = 4096
 
     def __post_init__(self):
-        if not self.path and self.vocab_size < 300:
-            raise UserError(f"tokenizer.vocab_size is {self.vocab_size}; SentencePiece needs at least 300, "
-                            "of which 256 are bytes")
+        if not self.path and self.vocab_size < 384:
+            raise UserError(f"tokenizer.vocab_size is {self.vocab_size}; SentencePiece needs at least 384, "
+                            "since 256 are bytes and 96 are printable characters")
 
     @property
     def trained(self) -> bool:
