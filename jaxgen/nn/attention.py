@@ -38,7 +38,7 @@ class Mask:
             return None
         return self.query_segments, self.query_segments if self.key_segments is None else self.key_segments
 
-    def allowed(self, queries: int, keys: int) -> Bool[Array, "B|1 1 L S"] | None:
+    def allowed(self, queries: int, keys: int) -> Bool[Array, "#B 1 L S"] | None:
         """The mask as an array, or None when every key is seen."""
         q = jnp.arange(queries)[None] if self.query_positions is None else self.query_positions
         back = q[:, None, :, None] - jnp.arange(keys)[None, None, None, :]

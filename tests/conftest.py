@@ -1,0 +1,15 @@
+"""Tests run on eight simulated CPU devices, with the jaxtyping shapes of signatures checked as they are called."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from jaxgen.runtime import cache_dir  # noqa: E402
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla-tests"))
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+_hook = install_import_hook(["jaxgen.nn", "jaxgen.models", "jaxgen.sampling"], "beartype.beartype")
