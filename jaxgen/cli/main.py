@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxgen: {error}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
-        print("jaxgen: interrupted", file=sys.stderr)
+        print("jaxgen: interrupted", file=sys.stderr, flush=True)
+        if argv is None:   # as a program: a save in the background would complain of an end that is no surprise
+            os._exit(INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:   # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

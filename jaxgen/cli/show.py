@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     arguments, experiment = found
     from jaxgen.experiment import resolve
 
-    experiment, sources = resolve(experiment, (*arguments.trust, arguments.file))
+    experiment, sources = resolve(experiment, (*arguments.trust, arguments.file), weights=False)
     told = describe(experiment, arguments.devices)
     told["pretrained"] = {s.path: record.to_record(s.pretrained) for s in sources}
     if arguments.json:
