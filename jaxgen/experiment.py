@@ -131,12 +131,16 @@ class Source(NamedTuple):
 
 
 def resolve(
-    experiment: Experiment, trust: Iterable[str | Path] = (), run_dir: str | Path | None = None
+    experiment: Experiment,
+    trust: Iterable[str | Path] = (),
+    run_dir: str | Path | None = None,
+    weights: bool = True,
 ) -> tuple[Experiment, list[Source]]:
     """The experiment with each `Pretrained` replaced by the module of its source, and where their weights are.
 
     A run directory that was started from the same `Pretrained` has its own record of the module, so it goes on when
-    the source is gone. Raises UserError for a missing source or part.
+    the source is gone. Without `weights`, no source that is a file is trained for them. Raises UserError for a missing
+    source or part.
     """
     trust, asked = tuple(trust), dict(find(experiment))
     own = record.stored(run_dir) if run_dir and (Path(run_dir) / record.FILE).is_file() else None
@@ -151,9 +155,8 @@ def resolve(
             data, directory = own.experiment, Path(pretrained.source)
             module = record.from_record(_part(data, path, str(run_dir)), trust, path)
         else:
-            directory, more = _source(pretrained, path, trust)
-            data = record.stored(directory).experiment
-            module = record.from_record(_part(data, pretrained.part, str(directory)), (*trust, *more), path)
+            directory, data, more = _source(pretrained, path, trust, weights)
+            module = record.from_record(_part(data, pretrained.part, pretrained.source), (*trust, *more), path)
         sources.append(Source(path, pretrained, directory))
         experiment = _replace(experiment, path.split("."), module)
     return experiment, sources
@@ -222,28 +225,30 @@ def _part(data: Any, part: str, where: str) -> Any:
     return data
 
 
-def _source(pretrained: Pretrained, path: str, trust: tuple[str | Path, ...]) -> tuple[Path, tuple[Path, ...]]:
-    """The run directory of a source, and the files whose classes it may use."""
+def _source(
+    pretrained: Pretrained, path: str, trust: tuple[str | Path, ...], weights: bool
+) -> tuple[Path, Any, tuple[Path, ...]]:
+    """The run directory of a source, its experiment's record, and the files whose classes it may use."""
     source = Path(pretrained.source)
     if source.suffix == ".py" or source.is_file():
-        return _smoke_run(source, trust), (source,)
-    if not (source / record.FILE).is_file():
-        try:
-            record.stored(source)
-        except UserError as error:
-            raise UserError(f"{path} is to come from {source}, but {error}") from None
-    return source, ()
+        smoke, _ = resolve(select(load(source), smoke=True), (*trust, source), weights=False)
+        return _smoke_run(source, trust, weights), record.to_record(smoke), (source,)
+    try:
+        return source, record.stored(source).experiment, ()
+    except UserError as error:
+        raise UserError(f"{path} is to come from {source}, but {error}") from None
 
 
-def _smoke_run(file: Path, trust: tuple[str | Path, ...]) -> Path:
+def _smoke_run(file: Path, trust: tuple[str | Path, ...], weights: bool) -> Path:
     """The finished run of a file's smoke form, trained once for all users of the same record."""
     smoke = select(load(file), smoke=True)
     digest = hashlib.sha256(json.dumps(record.to_record(smoke), sort_keys=True).encode()).hexdigest()[:16]
     directory = runtime.cache_dir() / "pretrained" / f"{smoke.name}-{digest}"
-    with _locked(directory):
-        if not (directory / "done").exists():
-            train(smoke, run_dir=directory, trust=(*trust, file))
-            (directory / "done").touch()
+    if weights and not (directory / "done").exists():
+        with _locked(directory):
+            if not (directory / "done").exists():
+                train(smoke, run_dir=directory, trust=(*trust, file))
+                (directory / "done").touch()
     return directory
 
 

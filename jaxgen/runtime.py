@@ -3,10 +3,12 @@
 Imports no JAX at the top. A variable that the user has set is never changed.
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging
 import os
+import platform
 from glob import glob
 from pathlib import Path
 
@@ -25,19 +27,16 @@ def prepare(devices: int | None = None) -> None:
 
     `devices` (or `$JAXGEN_CPU_DEVICES`) simulates that many devices on the CPU.
     """
-    asked = os.environ.get("JAXGEN_CPU_DEVICES", "")
-    if not devices and asked:
-        if not asked.isdecimal():
-            raise UserError(f"JAXGEN_CPU_DEVICES is {asked!r}, which should be a number of devices")
-        devices = int(asked)
-    if devices:
+    if devices is not None and devices < 1:
+        raise UserError(f"--devices is {devices}, which should be at least 1")
+    if devices := devices or _number("JAXGEN_CPU_DEVICES"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         os.environ["JAX_NUM_CPU_DEVICES"] = str(devices)
     if not (has_gpu() or has_tpu()):
         if importlib.util.find_spec("libtpu"):   # which otherwise looks for chips, and prints that it found none
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         _cpu_flags()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / _machine()))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     _quiet()
@@ -53,15 +52,22 @@ def start() -> None:
     if jax.distributed.is_initialized():
         return
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
-        count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(address, int(count) if count else None, int(index) if index else None)
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        jax.distributed.initialize(address, _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID"))
+    elif (_number("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in os.environ:
         jax.distributed.initialize()
     elif has_tpu() and importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
         try:
             jax.distributed.initialize()
         except ValueError:   # one host on its own, with nobody to ask about others
             pass
+
+
+def _number(name: str) -> int | None:
+    """The variable's value; None where it is not set."""
+    text = os.environ.get(name, "")
+    if text and not text.isdecimal():
+        raise UserError(f"{name} is {text!r}, which should be a number")
+    return int(text) if text else None
 
 
 def has_gpu() -> bool:
@@ -82,6 +88,16 @@ def has_tpu() -> bool:
         except OSError:
             continue
     return False
+
+
+def _machine() -> str:
+    """A name for the kind of this CPU: machines that share a home directory do not share programs compiled for one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 def _cpu_flags() -> None:

@@ -500,6 +500,7 @@ def test_resolve_trains_the_smoke_form_of_a_file_once(tmp_path, monkeypatch):
         assert resolved.task.model == GPT() and source.directory.is_relative_to(runtime.cache_dir())
     assert trained == ["mine-smoke"]
     write(file, EXPERIMENT_FILE.replace("steps=2", "steps=3"))
+    assert resolve(e, weights=False)[0].task.model == GPT() and trained == ["mine-smoke"]
     resolve(e)
     assert trained == ["mine-smoke", "mine-smoke"]
 

@@ -196,6 +196,7 @@ def test_a_run_from_train_to_sample(file, capsys):
     assert json.loads(capsys.readouterr().out)["samples"] == one[:1]   # a sample is the same alone
 
 
+@pytest.mark.experiments   # three trainings
 def test_a_run_that_begins_from_another(file, capsys):
     text = file.read_text().replace('"tiny",', '"tuned",')
     text = text.replace("class Lines(HeldOut):\n    pass", "class Tuned(LanguageModel):\n    model: GPT | Pretrained")
