@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 from jaxgen.data import cache as caching
 from jaxgen.data.base import Progress
@@ -182,7 +182,7 @@ def _reader(path: str) -> Callable[[str, str, str, bool], Iterator[Piece]]:
     return _text
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> Any:
     file = _path(path).open("rb")
     return gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
 

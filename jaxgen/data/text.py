@@ -193,7 +193,7 @@ class Mixture(Data):
         place, divisions = caching.root(cache), [part.division() for part in self.parts]
         tokenizer = fit(self.parts[0].tokenizer, divisions, place, progress)
         parts = [part._with(tokenizer, d, place, progress) for part, d in zip(self.parts, divisions, strict=True)]
-        return PreparedMixture(parts, proportions(self.weights or (1,) * len(parts)))
+        return PreparedMixture(parts, proportions(self.weights or (1.0,) * len(parts)))
 
 
 def proportions(weights: Sequence[float]) -> tuple[int, ...]:

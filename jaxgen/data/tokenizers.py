@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer, UInt32
 
 from jaxgen.errors import UserError, nearest
 
@@ -36,7 +36,7 @@ class Tokenizer(abc.ABC):
         """Ids of `text`, int32, without `eos`."""
 
     @abc.abstractmethod
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " N"]) -> str:
         """Text of `ids`; `eos` is empty text, bytes that are no UTF-8 become U+FFFD."""
 
     @abc.abstractmethod
@@ -101,7 +101,7 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.int32)
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " N"]) -> str:
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode(errors="replace")
 
@@ -143,7 +143,7 @@ class Characters(TokenizerConfig):
         return CharacterTokenizer("".join(map(chr, sorted(common))))
 
 
-def _codes(text: str) -> Int[np.ndarray, " N"]:
+def _codes(text: str) -> UInt32[np.ndarray, " N"]:
     return np.frombuffer(text.encode("utf-32-le", errors="replace"), np.uint32)
 
 
@@ -168,7 +168,7 @@ class CharacterTokenizer(Tokenizer):
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         return self._table[np.minimum(_codes(text), len(self._table) - 1)]
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " N"]) -> str:
         letters = ["\ufffd", "", *self.characters]
         return "".join(letters[i] if 0 <= i < len(letters) else "\ufffd" for i in np.asarray(ids).tolist())
 
@@ -240,14 +240,16 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         processor, space = _processor(self.model), _space(self.model)
         # SentencePiece writes a space as U+2581 and so would turn a real U+2581 into one: that goes in as its bytes.
-        parts = text.encode(errors="replace").decode().split("\u2581") if space else [text]
-        ids = processor.encode(parts[0])
-        for part in parts[1:]:
-            ids += space
-            ids += processor.encode(part)
+        ids: list[int] = []
+        for chunk in _chunks(text.encode(errors="replace").decode(), 8000):  # its time grows faster than the text
+            first, *rest = chunk.split("\u2581") if space else [chunk]
+            ids += processor.encode(first)
+            for part in rest:
+                ids += space
+                ids += processor.encode(part)
         return np.asarray(ids, np.int32)
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, " N"]) -> str:
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " N"]) -> str:
         return _processor(self.model).decode(np.asarray(ids).tolist())
 
     def files(self) -> dict[str, bytes]:

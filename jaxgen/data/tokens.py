@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from jaxgen.data import cache as caching
 from jaxgen.data.base import Progress
@@ -24,7 +24,7 @@ from jaxgen.data.sources import Piece, Source, open_source
 from jaxgen.data.tokenizers import Tokenizer, TokenizerConfig, load
 from jaxgen.errors import UserError
 
-VERSION = 1  # counts up when the same input would give other files
+VERSION = 2  # counts up when the same input would give other files
 XZ_LIMIT = 64 << 20  # bytes of held-out text up to which xz is run on it
 PROBE = 1 << 20  # characters of each part that are decoded again, to see whether the tokenizer loses anything
 PARTS = ("train", "heldout")
@@ -117,7 +117,7 @@ class Tokens:
     dtype: str
 
     @functools.cached_property
-    def stream(self) -> Int[np.ndarray, " N"]:
+    def stream(self) -> Integer[np.ndarray, " N"]:
         return _mapped(self.path, self.dtype)
 
     @functools.cached_property

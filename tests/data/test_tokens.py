@@ -102,7 +102,7 @@ def test_what_cannot_be_divided(tmp_path):
     with pytest.raises(UserError, match="all of the data is held out"):
         divided(tmp_path, Listed(("a", "text")), 0.99999999999, "name")
     with pytest.raises(UserError, match="no text in data.heldout_path"):
-        divided(tmp_path, Listed(("a", "text")), 0, "name", Listed(("a", "")))
+        divided(tmp_path, Listed(("a", "text")), 0.0, "name", Listed(("a", "")))
     for wrong, message in (({"heldout": 1.0}, "fraction"), ({"length": 0}, "at least 1"),
                            ({"packing": "x"}, "'blocks'"), ({"heldout_by": "x"}, "'tail'")):
         with pytest.raises(UserError, match=message):
@@ -111,7 +111,7 @@ def test_what_cannot_be_divided(tmp_path):
 
 def test_unknown_characters_are_counted(tmp_path):
     tokenizer = Characters(vocab_size=3).fit(["aa"])
-    meta = tokenize(Division(Listed(("x", "aab")), 0, "name"), tokenizer, tmp_path).meta
+    meta = tokenize(Division(Listed(("x", "aab")), 0.0, "name"), tokenizer, tmp_path).meta
     assert meta["parts"]["train"]["unknown"] == 1 and not meta["lossless"]
 
 
@@ -142,9 +142,9 @@ def test_cache_is_by_content(tmp_path):
 
 def test_a_damaged_entry_is_made_anew(tmp_path):
     source, tokenizer = Listed(("a", "some text")), Bytes().fit()
-    corpus = tokenize(Division(source, 0, "name"), tokenizer, tmp_path)
+    corpus = tokenize(Division(source, 0.0, "name"), tokenizer, tmp_path)
     (corpus.directory / "train.bin").write_bytes(b"")
-    again = tokenize(Division(source, 0, "name"), tokenizer, tmp_path)
+    again = tokenize(Division(source, 0.0, "name"), tokenizer, tmp_path)
     assert parts(again, tokenizer)["train"] == ["some text"]
 
 
@@ -246,7 +246,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     class Many(type(Bytes().fit())):
         vocab_size = 100_000
 
-    corpus = tokenize(Division(Listed(("a", "abc")), 0, "name"), Many(), tmp_path)
+    corpus = tokenize(Division(Listed(("a", "abc")), 0.0, "name"), Many(), tmp_path)
     assert corpus.part("train").stream.dtype == np.uint32
     assert json.loads((corpus.directory / "meta.json").read_text())["dtype"] == "uint32"
 
