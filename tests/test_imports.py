@@ -46,7 +46,7 @@ def room_of(module: str) -> str:
 def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
     """(line, module of jaxgen) of each import, wherever it stands but under `if TYPE_CHECKING`."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             for other in node.orelse:
                 yield from imports(other, package)
             continue
@@ -88,7 +88,8 @@ def test_imports_run_downward(file):
         ("models/x.py", "from ..training import loop", True),
         ("models/x.py", "from jaxgen import nn, errors", False),
         ("models/x.py", "if TYPE_CHECKING:\n    from jaxgen.tasks import base", False),
-        ("models/x.py", "if not TYPE_CHECKING:\n    pass\nelse:\n    from jaxgen.tasks import base", True),
+        ("models/x.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from jaxgen.tasks import base", True),
+        ("models/x.py", "if not TYPE_CHECKING:\n    from jaxgen.tasks import base", True),
         ("data/x.py", "from jaxgen.nn.dtypes import DType", True),
         ("data/x.py", "from jaxgen.runtime import cache_dir\nfrom jaxgen.data import base", False),
         ("nn/x.py", "from jaxgen.data import base", True),
