@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxgen import sharding
@@ -171,7 +171,8 @@ def _splash(query, key, value, mask: Mask, cap: float, interpret: bool = False):
     q_spec = scope.spec(("batch", "length", "heads", None))
     k_spec = scope.spec(("batch", None, "kv_heads", None))
     ids = scope.spec(("batch", "length")), scope.spec(("batch",))
-    grid = scope.named(("heads", "length"))
+    grid = scope.spec(("heads", "length"))
+    grid = NamedSharding(scope.mesh, PartitionSpec(*grid, *(None,) * (2 - len(grid))))
     run = jax.shard_map(
         local, mesh=scope.mesh, check_vma=False, out_specs=q_spec,
         in_specs=(kernel.manual_sharding_spec(grid), q_spec, k_spec, k_spec,
