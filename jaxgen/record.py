@@ -74,10 +74,16 @@ def from_record(data: Any, trust: Iterable[str | Path] = (), path: str = "experi
     `trust` names the files outside jaxgen whose classes may be rebuilt; they are executed when the record needs them.
     Raises UserError for a class of any other file, and for a class or field that this version does not know.
     """
-    return _build(data, {files.label(files.existing(f)): Path(f) for f in trust}, path)
+    trusted: Trusted = {}
+    for file in map(files.existing, trust):
+        trusted.setdefault(files.label(file), set()).add(file)
+    return _build(data, trusted, path)
 
 
-def _build(data: Any, trusted: dict[str, Path], path: str) -> Any:
+Trusted = dict[str, set[Path]]   # what records call a file -> the files of that name that the caller named
+
+
+def _build(data: Any, trusted: Trusted, path: str) -> Any:
     if data is None or isinstance(data, bool | int | float | str):
         return data
     if isinstance(data, list):
@@ -101,7 +107,7 @@ def _build(data: Any, trusted: dict[str, Path], path: str) -> Any:
     return {k: _build(v, trusted, f"{path}.{k}") for k, v in data.items()}
 
 
-def _instance(data: dict[str, Any], trusted: dict[str, Path], path: str) -> Any:
+def _instance(data: dict[str, Any], trusted: Trusted, path: str) -> Any:
     cls = _find(data["class"], trusted, path)
     known = [f.name for f in fields(cls)]
     for name in data.keys() - {"class"}:
@@ -117,12 +123,15 @@ def _instance(data: dict[str, Any], trusted: dict[str, Path], path: str) -> Any:
     return cls(**values)
 
 
-def _find(name: str, trusted: dict[str, Path], path: str) -> type:
+def _find(name: str, trusted: Trusted, path: str) -> type:
     """The dataclass that a record names. Imports modules of jaxgen and loads trusted files; nothing else runs."""
     place, _, attribute = name.partition(":")
     ours = re.fullmatch(r"jaxgen(\.[A-Za-z_]\w*)+", place, re.ASCII)
     if place in trusted:
-        module = files.load(trusted[place])
+        if len(trusted[place]) > 1:
+            count = len(trusted[place])
+            raise UserError(f"{path} of the record is a {name}, and {count} trusted files are called {place}")
+        module = files.load(next(iter(trusted[place])))
     elif ours and not place.startswith("jaxgen.cli"):
         try:
             module = importlib.import_module(place)

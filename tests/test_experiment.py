@@ -172,7 +172,10 @@ def test_class_of_a_file_is_rebuilt_only_when_trusted(tmp_path):
     other = write(tmp_path / "other.py", EXPERIMENT_FILE)
     with pytest.raises(UserError, match=r"--trust mine\.py"):
         from_record(data, trust=[other])
-    assert from_record(data, trust=[file]) == e
+    assert from_record(data, trust=[file, other, file]) == e
+    (tmp_path / "more").mkdir()
+    with pytest.raises(UserError, match=r"2 trusted files are called mine\.py"):
+        from_record(data, trust=[file, write(tmp_path / "more" / "mine.py", EXPERIMENT_FILE)])
     with pytest.raises(UserError, match="there is no file"):
         from_record(data, trust=[tmp_path / "gone.py"])
 

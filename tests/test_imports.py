@@ -47,8 +47,7 @@ def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
     """(line, module of jaxgen) of each import, wherever it stands but under `if TYPE_CHECKING`."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            for other in node.orelse:
-                yield from imports(other, package)
+            yield from imports(ast.Module(node.orelse, []), package)
             continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "jaxgen")

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_devices(parser: Parser) -> None:
-    parser.add_argument("--devices", type=int, metavar="N", help="simulate N devices on the CPU")
+    parser.add_argument("--devices", type=devices, metavar="N", help="simulate N devices on the CPU")
 
 
 def add_trust(parser: Parser) -> None:
@@ -49,6 +49,13 @@ def add_run(parser: Parser) -> None:
                         help="averaged weights, where the run keeps them, or raw ones (ema)")
     add_trust(parser)
     add_devices(parser)
+
+
+def devices(text: str) -> int:
+    """A number of devices, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--devices is {text!r}, which should be a number of at least 1")
+    return int(text)
 
 
 def step(text: str) -> int | str:

@@ -21,7 +21,8 @@ def parser() -> options.Parser:
     )
     parser.add_argument("file", metavar="FILE", nargs="?", help="an experiment file")
     parser.add_argument("--smoke", action="store_true", help="the small form, for a laptop")
-    parser.add_argument("--devices", type=int, metavar="N", help="devices of the mesh (those of the topology, or here)")
+    parser.add_argument("--devices", type=options.devices, metavar="N",
+                        help="devices of the mesh (those of the topology, or here)")
     parser.add_argument("--json", action="store_true", help="print data for programs")
     options.add_trust(parser)
     parser.add_argument("-h", "--help", action="store_true", help="this text, and with FILE every field")
@@ -38,7 +39,8 @@ def run(argv: Sequence[str]) -> int:
     from jaxgen.experiment import resolve
 
     experiment, sources = resolve(experiment, (*arguments.trust, arguments.file), weights=False)
-    told = describe(experiment, arguments.devices)
+    # a smoke form is for the machine at hand, whatever the experiment is for
+    told = describe(experiment, arguments.devices or (0 if arguments.smoke else chips(experiment.topology)))
     told["pretrained"] = {s.path: record.to_record(s.pretrained) for s in sources}
     if arguments.json:
         print(json.dumps(told, indent=1, allow_nan=False))
@@ -47,13 +49,16 @@ def run(argv: Sequence[str]) -> int:
     return DONE
 
 
-def describe(experiment: Any, devices: int | None = None) -> dict[str, Any]:
-    """All that is shown, as JSON data. Bytes are of one device; FLOPs are of a training step, forward and backward."""
+def describe(experiment: Any, devices: int = 0) -> dict[str, Any]:
+    """All that is shown, as JSON data, on so many devices (0 for those at hand).
+
+    Bytes are of one device; FLOPs are of a training step, forward and backward.
+    """
     import jax
 
     from jaxgen.training.loop import program_of
 
-    count = devices or chips(experiment.topology) or jax.device_count()
+    count = devices or jax.device_count()
     program = program_of(experiment, count)
     spec = program.spec
     shapes, _ = program.shapes, program.batch_shardings   # which raises where the batch does not fit the mesh

@@ -250,6 +250,11 @@ def test_show_prints_every_field_and_parameter(file, capsys):
     assert max(map(len, shown.splitlines())) < 200 and "\x1b" not in shown   # nothing is padded or coloured in a pipe
 
 
+def test_show_smoke_is_for_this_machine(file, capsys):
+    assert main(["show", "tiny.py", "--smoke", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["devices"] == 8
+
+
 def test_show_names_what_does_not_fit(file, capsys):
     assert main(["show", "tiny.py", "--devices", "6", "--mesh.fsdp", "4"]) == 2
     assert "multiple of 4 devices, and there are 6" in capsys.readouterr().err
