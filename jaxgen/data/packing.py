@@ -72,7 +72,10 @@ class HeldoutBlocks:
 
 
 def _padded(example: Example, length: int) -> Example:
-    return {name: np.pad(value, (0, length - len(value))) for name, value in example.items()}
+    padded = {name: np.zeros(length, value.dtype) for name, value in example.items()}
+    for name, value in example.items():
+        padded[name][:len(value)] = value
+    return padded
 
 
 # --- documents -----------------------------------------------------------------------------------------------------

@@ -102,10 +102,11 @@ class PreparedText(Prepared):
         from jaxgen.data.packing import Blocks, Documents
 
         tokens, length = self._corpus.part("train"), self._data.length
+        seed = _fold(seed)  # Grain's shuffle seeds epoch e with seed + e: neighbouring seeds would share epochs
         source = Blocks(tokens, length, seed) if self._data.packing == "blocks" else \
             Documents(tokens, length, self._plan("train"))
-        # Grain's shuffle is another permutation each epoch and hands down epoch * size + place, in constant time.
-        return grain.MapDataset.range(len(source)).map_with_index(_At(source)).seed(_fold(seed)).shuffle().repeat()
+        # The shuffle hands down epoch * size + place, in constant time.
+        return grain.MapDataset.range(len(source)).map_with_index(_At(source)).shuffle(seed).repeat()
 
     def heldout(self) -> grain.MapDataset:
         import grain

@@ -61,6 +61,7 @@ def test_spec_is_what_comes(lines, cache, packing):
 def test_example_is_a_function_of_seed_and_index(lines, cache, packing):
     prepared = text(lines, packing=packing).prepare(cache)
     one, two, other = prepared.train(3), text(lines, packing=packing).prepare(cache).train(3), prepared.train(4)
+    assert prepared.train(-1)[0].keys() == prepared.train(2**70)[0].keys() == one[0].keys()
     far = 10**12
     for i in (0, 5, 700, far):
         assert same(one[i], two[i])
