@@ -167,22 +167,11 @@ def test_a_run_from_train_to_sample(file, capsys):
     said = capsys.readouterr().err
     assert "task.model.width (16, now 32)" in said and "--run-dir" in said and "fsdp" not in said
 
-    assert main(["train", "tiny.py", "--resume", "--steps", "6", "--mesh.fsdp", "2"]) == 0
-    said = capsys.readouterr().err
-    assert "steps (4, now 6)" in said and "mesh.fsdp (1, now 2)" in said and "resumed runs/tiny at step 4" in said
-
-    losses = {}
-    for weights in ("ema", "raw"):
-        assert main(["eval", "tiny", "--weights", weights, "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["step"] == 6
-        losses[weights] = told["metrics"]["eval/heldout/loss"]
-    last = [json.loads(line) for line in (file.parent / "runs/tiny/metrics.jsonl").read_text().splitlines()][-1]
-    assert losses["ema"] == pytest.approx(last["eval/heldout/loss"], rel=1e-5) and losses["raw"] != losses["ema"]
-
-    (file.parent / "other.txt").write_text("something else entirely, at greater length than before\n" * 30)
-    assert main(["eval", "runs/tiny", "--step", "4", "--data.path", "other.txt", "--mesh.fsdp", "4"]) == 0
-    assert "runs/tiny, step 4, ema weights\neval/heldout/loss" in capsys.readouterr().out
+    assert main(["eval", "tiny", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    last = json.loads(lines.splitlines()[-1])
+    assert told["step"] == last["step"] == 4
+    assert told["metrics"]["eval/heldout/loss"] == pytest.approx(last["eval/heldout/loss"], rel=1e-5)
     assert main(["eval", "runs/tiny", "--task.model.depth", "2"]) == 2
     assert "--task.model.depth cannot be changed in a run that is made" in capsys.readouterr().err
     assert main(["eval", "runs/tiny", "--step", "3"]) == 2
@@ -190,10 +179,31 @@ def test_a_run_from_train_to_sample(file, capsys):
 
     prompt = ["--prompt", "the ", "--tokens", "4", "--json"]
     assert main(["sample", "--run-dir", "runs/tiny", "--count", "2", *prompt]) == 0
-    one = json.loads(capsys.readouterr().out)["samples"]
-    assert [s["prompt"] for s in one] == ["the ", "the "]
-    assert main(["sample", "tiny", "--step", "latest", *prompt]) == 0
-    assert json.loads(capsys.readouterr().out)["samples"] == one[:1]   # a sample is the same alone
+    two = json.loads(capsys.readouterr().out)["samples"]
+    assert [s["prompt"] for s in two] == ["the ", "the "]
+
+
+@pytest.mark.experiments   # several trainings
+def test_a_run_goes_on_and_is_measured_elsewhere(file, capsys):
+    assert main(["train", "tiny.py"]) == 0
+    capsys.readouterr()
+    assert main(["train", "tiny.py", "--resume", "--steps", "6", "--mesh.fsdp", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "steps (4, now 6)" in said and "mesh.fsdp (1, now 2)" in said and "resumed runs/tiny at step 4" in said
+    losses = {}
+    for weights in ("ema", "raw"):
+        assert main(["eval", "tiny", "--weights", weights, "--json"]) == 0
+        losses[weights] = json.loads(capsys.readouterr().out)["metrics"]["eval/heldout/loss"]
+    assert losses["raw"] != losses["ema"]
+    (file.parent / "other.txt").write_text("something else entirely, at greater length than before\n" * 30)
+    assert main(["eval", "runs/tiny", "--step", "4", "--data.path", "other.txt", "--mesh.fsdp", "4"]) == 0
+    assert "runs/tiny, step 4, ema weights\neval/heldout/loss" in capsys.readouterr().out
+    prompt = ["--prompt", "the ", "--tokens", "4", "--json"]
+    samples = []
+    for count in ("1", "2"):
+        assert main(["sample", "tiny", "--count", count, *prompt]) == 0
+        samples.append(json.loads(capsys.readouterr().out)["samples"])
+    assert samples[0] == samples[1][:1]   # a sample is the same alone
 
 
 @pytest.mark.experiments   # three trainings
