@@ -166,7 +166,7 @@ class GPT(nn.Module):
         positions: Int[Array, "B L"] | None = None,
         cache: Cache | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B L D"], Cache | None]:
+    ) -> tuple[Float[Array, "B L E"], Cache | None]:
         """The normed residual stream, and the cache with these tokens in it.
 
         Tokens see earlier ones of their own segment. `positions` count within a document (default 0, 1, 2, ...); with
@@ -221,7 +221,7 @@ class GPT(nn.Module):
             return run
         return functools.partial(jax.checkpoint, policy=_POLICIES[self.remat], prevent_cse=not self.scan)(run)
 
-    def logits(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+    def logits(self, hidden: Float[Array, "B L E"]) -> Float[Array, "B L V"]:
         """Logits of the next token from the normed residual stream."""
         out = self.token_embedding.attend(hidden) if self.tied else self.head(hidden)
         out = sharding.constrain(out, "batch", "length", "vocab")
