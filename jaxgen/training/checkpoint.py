@@ -402,7 +402,7 @@ def _read(folder: epath.Path, target: Any, part: str, cast: bool) -> Any:
     """The tree below `part` of a verified folder, in the structure of `target`."""
     held = manifests.read(folder).leaves
     saved = leaves.below(held, part)
-    if not saved and part:
+    if not saved and part and jax.tree.leaves(target):
         raise UserError(f"There is no '{part}' in {folder}{nearest(part, leaves.parts(held))}")
     wanted = {"/".join(filter(None, (part, name))): leaf for name, leaf in leaves.named(target).items()}
     if differing := leaves.differences(wanted, saved, dtypes=not cast):

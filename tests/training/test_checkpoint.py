@@ -138,6 +138,7 @@ def test_a_part_is_read_alone(open_, tmp_path):
     assert_same(checkpoints.restore(abstract(make().params), part="params")[1], make(1).params)
     assert_same(checkpoints.restore(abstract(make().params["model"]), part="params/model")[1], make(1).params["model"])
     assert_same(checkpoints.restore(abstract(make().params["list"][1][0]), part="params/list/1/0")[1], jnp.float32(2))
+    assert checkpoints.restore({}, part="state") == (1, {})   # a state without leaves
     with pytest.raises(UserError, match="did you mean 'params/model'"):
         checkpoints.restore(abstract(make().params), part="params/modle")
     with pytest.raises(UserError, match="There is no whole checkpoint"):

@@ -106,14 +106,14 @@ def test_each_file_of_the_newest_step(pristine, tmp_path, harm):
     assert Checkpoints(pristine, report=untouched.append).restore(TARGET)[0] == 2 and not untouched
 
 
-def test_each_byte_of_a_manifest(pristine, tmp_path):
+def test_flipped_bits_all_over_a_manifest(pristine, tmp_path):
     path = tmp_path / "run/00000002/manifest.json"
     shutil.copytree(pristine, tmp_path / "run")
     good = path.read_bytes()
     checkpoints = Checkpoints(tmp_path / "run")
-    for position in range(len(good)):
+    for position in range(0, len(good), 7):   # and so each bit of a byte in turn
         path.write_bytes(good[:position] + bytes([good[position] ^ 1 << position % 8]) + good[position + 1:])
-        assert position % 256 or checkpoints.find("latest") == 1   # the whole search, which takes longer
+        assert position % 70 or checkpoints.find("latest") == 1   # the whole search, which takes longer
         assert not _sound(path.parent)
     path.write_bytes(good)
     assert checkpoints.find("latest") == 2 and _sound(path.parent)
