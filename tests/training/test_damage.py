@@ -91,9 +91,9 @@ def test_each_file_of_the_newest_step(pristine, tmp_path, harm):
     """The step before is used and the damage named, whichever file it is; nothing is found wrong where nothing is."""
     names = [path.relative_to(pristine) for path in newest_files(pristine)]
     assert len(names) > 12 and Path("00000002/manifest.json") in names
-    for number, name in enumerate(names):
-        directory = tmp_path / str(number)
-        shutil.copytree(pristine, directory)
+    directory = tmp_path / "run"
+    shutil.copytree(pristine, directory)
+    for name in names:
         assert harm(directory / name)
         said: list[str] = []
         step, state = Checkpoints(directory, report=said.append).restore(TARGET)
@@ -102,6 +102,10 @@ def test_each_file_of_the_newest_step(pristine, tmp_path, harm):
         assert len(said) == 1 and said[0].startswith(f"Step 2 in {directory} is damaged: ")
         assert said[0].endswith("; step 1 is used instead.")
         assert harm is add_beside or str(Path(*name.parts[1:])) in said[0], said
+        shutil.rmtree(directory / name) if harm is replace_by_folder else None
+        (directory / name).parent.joinpath("other").unlink(missing_ok=True)
+        shutil.copy(pristine / name, directory / name)
+    assert Checkpoints(directory).find() == 2
     untouched: list[str] = []
     assert Checkpoints(pristine, report=untouched.append).restore(TARGET)[0] == 2 and not untouched
 
