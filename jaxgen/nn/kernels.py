@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Kernel = Literal["auto", "xla", "chunked", "cudnn", "splash"]
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
 CHUNK = 1024
 """Queries at a time in the chunked kernel."""
 
@@ -32,8 +34,9 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(kernel: Kernel, query: Float[Array, "B L H D"], key: Float[Array, "B S K D"], mask: Mask, cap: float) -> Choice:
-    """Which kernel computes this attention. Raises UserError when the one asked for cannot."""
+def choose(kernel: Kernel, query: Shaped, key: Shaped, mask: Mask, cap: float) -> Choice:
+    """Which kernel computes this attention, from the shapes and formats of query (B, L, H, D) and key (B, S, K, D).
+    Raises UserError when the one asked for cannot."""
     if kernel == "auto":
         where = platform()
         best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(where)
@@ -73,20 +76,51 @@ def _obstacle(kernel: str, query, key, mask: Mask, cap: float) -> str:
     if kernel == "splash":
         if platform() != "tpu":
             return f"it is for TPUs, and this is {platform()}"
-        if length % 128 or keys % 128:
-            return f"it takes lengths in steps of 128, not {length} and {keys}"
+        scope = sharding.current()
+        mine = length if scope is None else length / scope.parts("batch", "length")[1]
+        if mine % 128 or keys % 128:
+            return f"it takes lengths in steps of 128 on each device, not {mine:g} and {keys}"
         if head_dim % 64:
             return f"it takes head sizes in steps of 64, not {head_dim}"
     return ""
 
 
-def _xla(query, key, value, mask: Mask, cap: float, scale: float | None = None):
-    """Plain attention; scores in the input's format, softmax in float32."""
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
+def _xla(query, key, value, mask: Mask, cap: float):
+    """Plain attention, softmax in float32. Backward makes the scores again: on every device that is cheaper than to
+    keep them. Causal queries go in blocks, each with the keys up to its end alone."""
+    length, keys = query.shape[1], key.shape[1]
     if sharding.is_split("length"):  # queries stay split, every device sees all keys
         key = sharding.constrain(key, "batch", None, "kv_heads", None)
         value = sharding.constrain(value, "batch", None, "kv_heads", None)
+    whole = mask.kind != "causal" or mask.query_positions is not None or length != keys or sharding.is_split("length")
+    blocks = 1 if whole else math.gcd(length // 64, BLOCKS) or 1
+    size = length // blocks
+    out = []
+    for end in range(size, length + 1, size):
+        rows = slice(end - size, end)
+        part = mask if blocks == 1 else _rows(mask, rows, end)
+        out.append(_attend(query[:, rows], key[:, :end] if blocks > 1 else key, value[:, :end] if blocks > 1 else value, part, cap))
+    return jnp.concatenate(out, axis=1) if blocks > 1 else out[0]
+
+
+BLOCKS = int(__import__("os").environ.get("BLOCKS", "4"))
+
+
+def _rows(mask: Mask, rows: slice, end: int) -> Mask:
+    """The mask of some queries and the keys before `end`."""
+    segments = mask.segments or (None, None)
+    return dataclasses.replace(
+        mask,
+        query_positions=jnp.arange(rows.start, rows.stop)[None],
+        query_segments=None if segments[0] is None else segments[0][:, rows],
+        key_segments=None if segments[1] is None else segments[1][:, :end],
+    )
+
+
+@functools.partial(jax.checkpoint, static_argnums=(4,))
+def _attend(query, key, value, mask: Mask, cap: float):
+    batch, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
     query = (query * (head_dim**-0.5)).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("blkgd,bskd->bkgls", query, key, preferred_element_type=jnp.float32)
     if cap:
@@ -140,11 +174,11 @@ def _splash(query, key, value, mask: Mask, cap: float, interpret: bool = False):
     batch, length, heads, head_dim = query.shape
     keys = key.shape[1]
     scope = sharding.current()
-    sizes = {} if scope is None else scope.mesh.shape
-
-    def parts(name: str) -> int:
-        axes = [] if scope is None else scope.rules[name]
-        return math.prod(sizes[a] for a in axes)
+    _, splits, head_splits, _ = (1,) * 4 if scope is None else scope.parts("batch", "length", "heads", None)
+    kv_axis = "kv_heads"
+    if scope is not None and scope.parts("batch", None, kv_axis, None)[2] != head_splits:
+        # fewer key heads than devices: each query head gets its own copy, or a device's would not belong together
+        key, value, kv_axis = (*(jnp.repeat(x, heads // x.shape[2], axis=2) for x in (key, value)), "heads")
 
     shape = (length, keys)
     if mask.kind == "causal":
@@ -153,9 +187,8 @@ def _splash(query, key, value, mask: Mask, cap: float, interpret: bool = False):
         one = masks.LocalMask(shape, (mask.window - 1, mask.window - 1), 0)
     else:
         one = masks.FullMask(shape)
-    splits = parts("length")
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([one] * heads), head_shards=parts("heads"), q_seq_shards=splits,
+        masks.MultiHeadMask([one] * heads), head_shards=head_splits, q_seq_shards=splits,
         attn_logits_soft_cap=cap or None, interpret=interpret,
     )
 
@@ -166,10 +199,10 @@ def _splash(query, key, value, mask: Mask, cap: float, interpret: bool = False):
         return jax.vmap(kernel, in_axes=axes)(q, k, v, ids).swapaxes(1, 2)
 
     mine, theirs = mask.segments or (None, None)
-    if scope is None or math.prod(sizes.values()) == 1:
+    if scope is None or math.prod(scope.mesh.shape.values()) == 1:
         return local(kernel, query, key, value, mine, theirs)
     q_spec = scope.spec(("batch", "length", "heads", None))
-    k_spec = scope.spec(("batch", None, "kv_heads", None))
+    k_spec = scope.spec(("batch", None, kv_axis, None))
     ids = scope.spec(("batch", "length")), scope.spec(("batch",))
     grid = scope.spec(("heads", "length"))
     grid = NamedSharding(scope.mesh, PartitionSpec(*grid, *(None,) * (2 - len(grid))))

@@ -83,6 +83,13 @@ class Sharding:
         """`spec` as a sharding on the mesh."""
         return NamedSharding(self.mesh, self.spec(names, shape, what))
 
+    def parts(self, *names: str | None) -> tuple[int, ...]:
+        """In how many parts each dimension of an array with these logical axes is split."""
+        spec = self.spec(names)
+        axes = [() if e is None else (e,) if isinstance(e, str) else e for e in spec]
+        axes += [()] * (len(names) - len(spec))
+        return tuple(math.prod(self.mesh.shape[a] for a in dim) for dim in axes)
+
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
@@ -126,7 +133,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def is_split(name: str) -> bool:
     """Whether the rules in force split this logical axis."""
     sharding = _current.get()
-    return sharding is not None and any(sharding.mesh.shape[a] > 1 for a in sharding.rules[name])
+    return sharding is not None and sharding.parts(name) != (1,)
 
 
 def _is_box(x: Any) -> bool:

@@ -2,22 +2,18 @@
 
 import dataclasses
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
+from quick import jit
 
 from jaxgen.errors import UserError
 from jaxgen.models.gpt import GPT
 from jaxgen.nn.rope import Rope
 from jaxgen.sharding import unbox
-
-_spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference.py"))
-reference = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(reference)
 
 GPT2 = GPT(vocab_size=32, depth=2, width=32, heads=4, max_length=16)
 MODERN = GPT(
@@ -38,9 +34,6 @@ LEAN = GPT(
     vocab_size=32, depth=2, width=16, heads=2, max_length=16, positions="none", norm="rmsnorm", activation="relu",
     bias=False,
 )  # fmt: skip
-jit = functools.partial(  # compiled in half the time
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 TOKENS = jax.random.randint(jax.random.key(0), (2, 12), 0, 32)
 SEGMENTS = jnp.array([[1] * 5 + [2] * 7, [1] * 2 + [2] * 9 + [0]])
 POSITIONS = jnp.array([[*range(5), *range(7)], [*range(2), *range(9), 0]])

@@ -1,0 +1,43 @@
+"""Dropout's statistics, and number formats."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgen.nn.dropout import dropout
+from jaxgen.nn.dtypes import resolve
+from jaxgen.nn.feedforward import FeedForward
+from jaxgen.nn.linear import Norm
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout(rate):
+    x = jnp.full((400, 500), 3.0)
+    out = np.asarray(dropout(x, rate, jax.random.key(0)))
+    assert (out == 0).mean() == pytest.approx(rate, abs=0.005)
+    assert out.mean() == pytest.approx(3.0, rel=0.01)
+    np.testing.assert_allclose(out[out != 0], 3.0 / (1 - rate), rtol=1e-6)
+    assert dropout(x, rate, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_auto_is_float32_on_cpu():
+    assert resolve("auto") == jnp.float32 and resolve("bfloat16") == jnp.bfloat16
+
+
+def test_norms_are_computed_in_float32():
+    """Of bfloat16 inputs whose squares' mean would lose the small ones; the result is in the compute format."""
+    x = (1000 + jax.random.normal(jax.random.key(0), (4, 512))).astype(jnp.bfloat16)
+    out, _ = Norm("layernorm", dtype="bfloat16").init_with_output(jax.random.key(0), x)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=0.02)
+
+
+def test_compute_format_is_a_field():
+    x = jax.ShapeDtypeStruct((1, 2, 8), jnp.float32)
+    layer = FeedForward(16, dtype="bfloat16")
+    out, params = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
+    assert out.dtype == jnp.bfloat16
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
