@@ -37,10 +37,13 @@ class Mesh:
         sizes = {axis: getattr(self, axis) for axis in AXES}
         free = [axis for axis, size in sizes.items() if size == -1]
         wrong = [f"mesh.{axis} = {size}" for axis, size in sizes.items() if size < 1 and size != -1]
-        if wrong or self.slices < 1:
-            raise UserError(f"{', '.join(wrong) or f'mesh.slices = {self.slices}'}: a mesh size is at least 1, or -1.")
+        if wrong:
+            raise UserError(f"{', '.join(wrong)}: a mesh size is at least 1, or -1.")
+        if self.slices < 1:
+            raise UserError(f"mesh.slices = {self.slices}: there is at least one slice.")
         if len(free) > 1:
-            raise UserError(f"mesh.{' and mesh.'.join(free)} are both -1; only one axis can take what is left.")
+            named = f"{', '.join(f'mesh.{a}' for a in free[:-1])} and mesh.{free[-1]}"
+            raise UserError(f"{named} are {'both' if len(free) == 2 else 'all'} -1; only one axis can take what is left.")
         known = math.prod(size for size in sizes.values() if size != -1)
         stated = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
         if free:
