@@ -1,6 +1,7 @@
 """Attention: what may see what, which kernel computes it, and the layer with its projections."""
 
 import dataclasses
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -16,6 +17,11 @@ from jaxgen.nn.linear import Linear, Norm
 from jaxgen.nn.rope import Rope
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["prefix", "query_segments", "key_segments", "query_positions"],
+    meta_fields=["kind", "window"],
+)
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """Which keys a query may see: those allowed by the kind, within the window, and of its own segment."""
@@ -29,12 +35,14 @@ class Mask:
     """Document of each query; keys of other documents are not seen. For cross-attention, give the keys' as well."""
     key_segments: Int[Array, "B S"] | None = None
     """Document of each key; by default that of the queries."""
-    query_positions: Int[Array, "B L"] | None = None
+    query_positions: Int[Array, "#B L"] | None = None
     """Place of each query among the keys; by default 0, 1, 2, ... (with a cache, where decoding stands)."""
 
     @property
     def segments(self) -> tuple[Int[Array, "B L"], Int[Array, "B S"]] | None:
         if self.query_segments is None:
+            if self.key_segments is not None:
+                raise ValueError("a mask with key_segments needs query_segments as well")
             return None
         return self.query_segments, self.query_segments if self.key_segments is None else self.key_segments
 

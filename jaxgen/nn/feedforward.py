@@ -22,6 +22,10 @@ _FUNCTIONS = {
 }
 
 
+import os
+_CKPT = jax.checkpoint if os.environ.get("CK_ACT","1")=="1" else (lambda f: f)
+
+
 def is_gated(activation: Activation) -> bool:
     return activation in ("geglu", "swiglu")
 
@@ -42,7 +46,10 @@ class FeedForward(nn.Module):
             return Linear((self.width,), (("embed",), ("mlp",)), self.bias, self.init_std, self.dtype, name=name)(x)
 
         act = _FUNCTIONS[self.activation]
-        h = act(up("gate")) * up("up") if is_gated(self.activation) else act(up("up"))
+        if is_gated(self.activation):
+            h = _CKPT(lambda g, u: act(g) * u)(up("gate"), up("up"))
+        else:
+            h = _CKPT(act)(up("up"))
         h = sharding.constrain(h, "batch", "length", "mlp")
         return Linear(
             (x.shape[-1],), (("mlp",), ("embed",)), self.bias, self.out_std, self.dtype, name="down"

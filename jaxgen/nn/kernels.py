@@ -93,7 +93,7 @@ def _xla(query, key, value, mask: Mask, cap: float):
         key = sharding.constrain(key, "batch", None, "kv_heads", None)
         value = sharding.constrain(value, "batch", None, "kv_heads", None)
     whole = mask.kind != "causal" or mask.query_positions is not None or length != keys or sharding.is_split("length")
-    blocks = 1 if whole else math.gcd(length // 64, BLOCKS) or 1
+    blocks = 1 if whole else next((n for n in (8,4, 2) if n<=BLOCKS and length % n == 0 and length >= 64 * n), 1)
     size = length // blocks
     out = []
     for end in range(size, length + 1, size):

@@ -42,6 +42,10 @@ class Linear(nn.Module):
         return y
 
 
+import os
+_CKPT = jax.checkpoint if os.environ.get("CK_NORM","1")=="1" else (lambda f: f)
+
+
 def matmul(x: Float[Array, "*lead K"], w: Float[Array, "K N"]) -> Float[Array, "*lead N"]:
     """x @ w as one flat matrix product (1.3 times as fast on CPU), unless the sequence is split over devices, where
     flattening batch and length together would have to gather it."""
@@ -85,11 +89,16 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         width = (x.shape[-1],)
-        h = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            h = h - h.mean(-1, keepdims=True)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon)
-        h = h * self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), width)
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), width)
+        bias = None
         if self.bias and self.kind == "layernorm":
-            h = h + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), width)
-        return h.astype(resolve(self.dtype))
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), width)
+
+        def normalise(x, scale, bias):
+            h = x.astype(jnp.float32)
+            if self.kind == "layernorm":
+                h = h - h.mean(-1, keepdims=True)
+            h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon) * scale
+            return (h if bias is None else h + bias).astype(resolve(self.dtype))
+
+        return _CKPT(normalise)(x, scale, bias)

@@ -43,7 +43,8 @@ class Mesh:
             raise UserError(f"mesh.slices = {self.slices}: there is at least one slice.")
         if len(free) > 1:
             named = f"{', '.join(f'mesh.{a}' for a in free[:-1])} and mesh.{free[-1]}"
-            raise UserError(f"{named} are {'both' if len(free) == 2 else 'all'} -1; only one axis can take what is left.")
+            how = "both" if len(free) == 2 else "all"
+            raise UserError(f"{named} are {how} -1; only one axis can take what is left.")
         known = math.prod(size for size in sizes.values() if size != -1)
         stated = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1)
         if free:

@@ -10,6 +10,7 @@ from jaxgen.models.gpt import GPT
 from jaxgen.nn import dtypes, kernels
 from jaxgen.nn.attention import Mask
 from jaxgen.nn.losses import vocabulary_loss
+from jaxgen.pretrained import Pretrained
 from jaxgen.tasks.base import Batch, Context, Loss, Params, Task
 
 
@@ -21,7 +22,7 @@ class LanguageModel(Task):
     `segment_ids` and `positions` (B, L).
     """
 
-    model: GPT = GPT()
+    model: GPT | Pretrained = GPT()
     loss_chunk: int = 0
     """Positions of each sequence whose logits are held at a time; 0 for all. It must divide the length."""
 

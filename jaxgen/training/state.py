@@ -25,4 +25,4 @@ class TrainState:
     ema: Any
     """Moving average of the trainable parameters, or None."""
     skipped: Int[Array, "2"]
-    """Updates left out for a loss or gradient that was not finite: in all, and in a row up to now."""
+    """Updates left out for a loss or gradient that was not finite, and steps in a row, up to now, that left one out."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +39,7 @@ class Program:
         size = self.batch_size
         if self.microbatches < 1 or size % self.microbatches:
             raise UserError(f"batch_size = {size} is not a multiple of microbatches = {self.microbatches}.")
-        shards = math.prod(self.sharding.mesh.shape[a] for a in self.sharding.rules["batch"])
+        shards = self.sharding.parts("batch")[0]
         if (size // self.microbatches) % shards:
             whole = "batch_size" if self.microbatches == 1 else "batch_size / microbatches"
             raise UserError(
@@ -126,20 +126,26 @@ class Program:
         return self.optimizer[player.name] if isinstance(self.optimizer, Mapping) else self.optimizer
 
     def _split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(trainable, frozen), by every optimizer's patterns over what it owns."""
-        frozen = jax.tree.map(lambda p: None, params)
+        """(trainable, frozen): what an optimizer's patterns freeze, and parts that no player moves, are frozen."""
+        cold = jax.tree.map(lambda p: True, params)
+        for part in {part for player in self.players for part in _owned(player, params)}:
+            cold[part] = jax.tree.map(lambda p: False, params[part])
         for player in self.players:
-            owned = _owned(player, params)
-            trainable, cold = parameters.partition(owned, self.optimizer_of(player).freeze)
-            params, frozen = {**params, **trainable}, {**frozen, **cold}
-        return params, frozen
+            found = parameters.match(self.optimizer_of(player).freeze, _owned(player, params), "optimizer.freeze")
+            cold |= jax.tree.map(operator.or_, found, _owned(player, cold))
+        return (
+            jax.tree.map(lambda p, c: None if c else p, params, cold),
+            jax.tree.map(lambda p, c: p if c else None, params, cold),
+        )
+
+    def _updates(self, player: Player) -> int:
+        """How often a player moves in the run: what its schedule goes over."""
+        return max(-(-(self.steps - player.start) // player.every), 1)
 
     def _transform(self, player: Player, trainable: dict[str, Any]) -> optax.GradientTransformation:
-        owned = _owned(player, trainable)
-        names = jax.tree.map(
-            lambda p, n: n if p is not None else None, owned, _owned(player, self.params_names), is_leaf=lambda x: x is None
-        )
-        return self.optimizer_of(player).transform(owned, self.steps, names)
+        owned, names = _owned(player, trainable), _owned(player, self.params_names)
+        names = jax.tree.map(lambda p, n: None if p is None else n, owned, names, is_leaf=lambda x: x is None)
+        return self.optimizer_of(player).transform(owned, self._updates(player), names)
 
     # ---- creation ----
 
@@ -168,13 +174,15 @@ class Program:
 
     def _step(self, train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         with self.sharding.use():
-            step = train_state.step
+            step, before = train_state.step, train_state.skipped
             train_state, metrics = self.task.step(train_state, batch, self._update)
+            skipped = train_state.skipped[0]
+            in_a_row = jnp.where(skipped > before[0], before[1] + 1, 0)
             ema = train_state.ema
             if self.ema is not None:
                 ema = self.ema.update(ema, train_state.params, step)
-            metrics |= {"skipped": train_state.skipped[0], "skipped_in_a_row": train_state.skipped[1]}
-            return train_state.replace(step=step + 1, ema=ema), metrics
+            metrics |= {"skipped": skipped, "skipped_in_a_row": in_a_row}
+            return train_state.replace(step=step + 1, ema=ema, skipped=jnp.stack([skipped, in_a_row])), metrics
 
     @functools.cached_property
     def step(self):
@@ -212,7 +220,7 @@ class Program:
         loss, grads = self._gradient(train_state, batch, player, trainable)
         value = loss.sum / loss.weight
         grads = jax.tree.map(lambda g: g / loss.weight, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
         transform = self._transform(player, train_state.params)
@@ -223,18 +231,17 @@ class Program:
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        missed = jnp.where(finite, 0, 1)
         train_state = train_state.replace(
             params={**train_state.params, **keep(moved, trainable)},
             state=keep(loss.state, train_state.state),
             optimizer={**train_state.optimizer, player.name: keep(moments, train_state.optimizer[player.name])},
-            skipped=jnp.stack([train_state.skipped[0] + missed, (train_state.skipped[1] + missed) * missed]),
+            skipped=train_state.skipped.at[0].add(jnp.where(finite, 0, 1)),
         )
         metrics = {
             "loss": value,
             **{name: total / weight for name, (total, weight) in loss.metrics.items()},
             "gradient_norm": norm,
-            "learning_rate": jnp.asarray(self.optimizer_of(player).rate(done, self.steps)),
+            "learning_rate": jnp.asarray(self.optimizer_of(player).rate(done, self._updates(player))),
         }
         prefix = f"{player.name}/" if len(self.players) > 1 else ""
         return train_state, {prefix + name: value for name, value in metrics.items()}
