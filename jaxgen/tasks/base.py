@@ -16,6 +16,8 @@ Params = dict[str, Any]
 """Parameters by part; a part bears the name of the task's field that holds its module."""
 Batch = Mapping[str, Array]
 """Arrays of a batch by name, examples along the first axis."""
+Spec = Mapping[str, jax.ShapeDtypeStruct]
+"""The shapes of a batch."""
 
 
 @flax.struct.dataclass
@@ -103,28 +105,33 @@ class Task:
 
     def collect(self, train_state: Any, batch: Batch, key: Array) -> Batch:
         """Turn a batch of data into what the steps learn from (rollouts, a teacher's outputs), outside jit, on the
-        same mesh. May call samplers and host code; a function of its arguments alone."""
+        same mesh. May call samplers and host code; a function of its arguments alone. Where it changes names, shapes
+        or formats, `collected` says so."""
         return batch
 
-    def check(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    def collected(self, spec: Spec) -> Spec:
+        """Shapes of what `collect` makes of a batch of these shapes: what the loss is given."""
+        return spec
+
+    def check(self, spec: Spec) -> None:
         """Raises UserError when batches of these shapes cannot be learned from."""
 
     def check_data(self, data: Any) -> None:
         """Raises UserError when the prepared data is not for this task's models."""
 
-    def axes(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, tuple[str | None, ...]]:
-        """Logical axis names of each array of a batch."""
+    def axes(self, spec: Spec) -> dict[str, tuple[str | None, ...]]:
+        """Logical axis names of each array of a batch, of data or collected."""
         return {name: ("batch", *(None,) * (s.ndim - 1)) for name, s in spec.items()}
 
-    def units(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[str, int]:
+    def units(self, spec: Spec) -> tuple[str, int]:
         """What throughput is counted in, and how many of them a batch has."""
         return "examples", next(iter(spec.values())).shape[0]
 
-    def flops(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> float | None:
+    def flops(self, spec: Spec) -> float | None:
         """Analytic floating-point operations of one training step (forward and backward); None if unknown."""
         return None
 
-    def notes(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
+    def notes(self, spec: Spec) -> dict[str, str]:
         """What the run should say of itself at its start, such as which attention kernel runs and why."""
         return {}
 
@@ -135,7 +142,7 @@ def mean(values: Float[Array, "..."], weights: Float[Array, "..."] | None = None
     return jnp.sum(values * weights), jnp.sum(weights)
 
 
-def batch_shardings(task: Task, sharding: Sharding, spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, NamedSharding]:
+def batch_shardings(task: Task, sharding: Sharding, spec: Spec) -> dict[str, NamedSharding]:
     """The layout of a batch of these shapes."""
     axes = task.axes(spec)
     return {name: sharding.named(axes[name], s.shape, f"The batch's {name}") for name, s in spec.items()}

@@ -21,7 +21,7 @@ import numpy as np
 from jaxgen import record
 from jaxgen.data.loader import Loader
 from jaxgen.errors import UserError
-from jaxgen.evaluation.base import Evaluation, Setting
+from jaxgen.evaluation.base import Setting
 from jaxgen.sharding import Sharding
 from jaxgen.training import metrics as metering
 from jaxgen.training.checkpoint import Checkpoints, reached_preemption
@@ -77,8 +77,8 @@ def train(
     not finite.
     """
     directory, lead = Path(run_dir), jax.process_index() == 0
-    console = metering.Console(experiment.steps, experiment.task.units(experiment.data.spec(experiment.batch_size))[0], lead)
     program = program_of(experiment)
+    console = metering.Console(experiment.steps, experiment.task.units(program.spec)[0], lead)
     program.shapes  # noqa: B018  what does not fit is found before any data is read
     data = experiment.data.prepare(progress=console.prepare)
     experiment.task.check_data(data)
@@ -118,9 +118,11 @@ def train(
             if profile and step - begin == PROFILED[0]:
                 jax.profiler.start_trace(str(directory / "profile"))
             number, data_batch = next(batches)
-            if step % collect == 0:
+            if step % collect == 0 or step == begin:  # saved off a boundary: a run that now takes more steps
                 key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
                 batch = experiment.task.collect(state, data_batch, key)
+                if batch is not data_batch:
+                    batch = jax.device_put(batch, program.collected_shardings)
             state, metrics = program.step(state, batch)
             step += 1
             meter.step(step, metrics)  # reads those of the step before, while this one runs
@@ -376,8 +378,8 @@ class _Meter:
 
 @contextlib.contextmanager
 def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of ending the process. With several processes JAX handles the signal, so that
-    all leave at one step."""
+    """An event that SIGTERM sets, in place of ending the process. With several processes JAX handles the signal, so
+    that all leave at one step."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield asked
@@ -398,7 +400,9 @@ def _greet(console: metering.Console, directory: Path, experiment: Experiment, p
     mesh = {k: v for k, v in program.sharding.mesh.shape.items() if v > 1}
     console.say(f"{experiment.name}: {count / 1e6:.2f} M parameters on {len(devices)} x {devices[0].device_kind}"
                 + (f", mesh {', '.join(f'{k} {v}' for k, v in mesh.items())}" if mesh else "") + f", in {directory}")
-    for name, note in experiment.task.notes(program.spec).items():
+    with program.sharding.use():
+        notes = experiment.task.notes(program.spec)
+    for name, note in notes.items():
         console.say(f"{name}: {note}")
     if data.facts:
         console.say("data: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"

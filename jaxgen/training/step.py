@@ -13,13 +13,11 @@ from jaxtyping import Array
 
 from jaxgen.errors import UserError
 from jaxgen.sharding import Sharding, names_of, unbox
-from jaxgen.tasks.base import Batch, Context, Loss, Player, Task, batch_shardings
+from jaxgen.tasks.base import Batch, Context, Loss, Player, Spec, Task, batch_shardings
 from jaxgen.training import parameters
 from jaxgen.training.ema import Ema
 from jaxgen.training.optimizers import Optimizer, state_axes, updates
 from jaxgen.training.state import TrainState
-
-Spec = Mapping[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +28,7 @@ class Program:
     optimizer: Optimizer | Mapping[str, Optimizer]
     sharding: Sharding
     spec: Spec
-    """Shapes of the global batch."""
+    """Shapes of the global batch of data."""
     steps: int
     microbatches: int = 1
     ema: Ema | None = None
@@ -55,7 +53,13 @@ class Program:
 
     @property
     def batch_size(self) -> int:
-        return next(iter(self.spec.values())).shape[0]
+        """Examples that a step learns from."""
+        return next(iter(self.collected.values())).shape[0]
+
+    @functools.cached_property
+    def collected(self) -> Spec:
+        """Shapes of the batch that a step is given: of data, unless the task collects something else from it."""
+        return self.task.collected(self.spec)
 
     @functools.cached_property
     def players(self) -> tuple[Player, ...]:
@@ -92,8 +96,13 @@ class Program:
 
     @functools.cached_property
     def batch_shardings(self) -> dict[str, Any]:
-        """The layout of a batch on the mesh."""
+        """The layout of a batch of data on the mesh."""
         return batch_shardings(self.task, self.sharding, self.spec)
+
+    @functools.cached_property
+    def collected_shardings(self) -> dict[str, Any]:
+        """The layout of the batch that a step is given."""
+        return batch_shardings(self.task, self.sharding, self.collected)
 
     def _layout(self, plain: TrainState) -> TrainState:
         names, whole = self.params_names, self.sharding.replicated
@@ -189,7 +198,7 @@ class Program:
         """(state, batch) -> (state, metrics), compiled once; the state's buffers are donated."""
         return jax.jit(
             self._step,
-            in_shardings=(self.shardings, self.batch_shardings),
+            in_shardings=(self.shardings, self.collected_shardings),
             out_shardings=(self.shardings, self.sharding.replicated),
             donate_argnums=0,
         )
@@ -197,8 +206,8 @@ class Program:
     def lower(self):
         """The step lowered for this mesh, from shapes alone."""
         batch = {
-            name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.batch_shardings[name])
-            for name, s in self.spec.items()
+            name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.collected_shardings[name])
+            for name, s in self.collected.items()
         }
         return self.step.lower(self.shapes, batch)
 

@@ -55,7 +55,7 @@ class Slice:
 
 
 def test_slices_split_the_data_axis(monkeypatch):
-    """Devices along every other axis, and neighbours along data, are of one slice; also when listed in another order."""
+    """Devices along the other axes, and neighbours along data, are of one slice, in whatever order they are listed."""
     monkeypatch.setattr(jax.sharding, "Mesh", lambda grid, *_, **__: grid)
     devices = [Slice(i, i // 4) for i in range(8)]
     for order in (devices, devices[::-1]):
