@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgen import sharding
+from jaxgen.errors import UserError
 from jaxgen.models.gpt import GPT
 
 
@@ -32,12 +34,11 @@ def draw(
     ordered = jnp.sort(scaled, axis=-1, descending=True)
     mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
     kept = jnp.sum(mass - jax.nn.softmax(ordered, axis=-1) < top_p, axis=-1)  # the token that crosses top_p included
-    floor = jnp.take_along_axis(ordered, kept[:, None] - 1, axis=-1)
+    floor = jnp.take_along_axis(ordered, jnp.maximum(kept, 1)[:, None] - 1, axis=-1)
     drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(scaled < floor, -jnp.inf, scaled))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "new_tokens"))
 def generate(
     model: GPT,
     params: Any,
@@ -47,18 +48,36 @@ def generate(
     temperature: Float[Array, ""],
     top_p: Float[Array, ""],
     new_tokens: int,
-    stop: Int[Array, ""] = -1,
+    stop: Int[Array, ""] | int = -1,
+    index: Int[Array, "B"] | None = None,
 ) -> Int[Array, "B N"]:
-    """`new_tokens` tokens after each prompt; what follows `stop` is `stop`.
+    """`new_tokens` tokens after each prompt; what follows `stop` is `stop`. Runs on the mesh in force.
 
     Args:
       prompts: padded on the right; `lengths` says how much of each is real (at least 1).
       key: example i draws with fold_in(fold_in(key, i), n) for its n-th token: the same alone and in any batch.
+      index: the number i of each example; by default 0, 1, 2, ...
+
+    Raises UserError for more positions than the model has learned.
     """
+    batch, width = prompts.shape
+    if model.positions == "learned" and width + new_tokens - 1 > model.max_length:
+        raise UserError(
+            f"Prompts of {width} and {new_tokens} new tokens take {width + new_tokens - 1} positions, and the model "
+            f"has {model.max_length} (max_length)."
+        )
+    index = jnp.arange(batch) if index is None else index
+    return _generate(
+        sharding.current(), model, new_tokens, params, prompts, lengths, key, index, temperature, top_p, jnp.int32(stop)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # the rules too: what was traced under others is not for these
+def _generate(scope, model, new_tokens, params, prompts, lengths, key, index, temperature, top_p, stop):
     batch, width = prompts.shape
     variables = {"params": params}
     cache = model.empty_cache(batch, width + new_tokens)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
     def logits_of(hidden):
         return model.apply(variables, hidden, method="logits")
