@@ -76,7 +76,7 @@ class LanguageModel(Task):
 
     def notes(self, spec):
         model, (batch, length) = self.model, spec["tokens"].shape
-        segments = spec.get("segment_ids")
+        segments = jnp.zeros((1, 1), jnp.int32) if "segment_ids" in spec else None  # that there are any is what matters
         shape = jax.ShapeDtypeStruct((batch, length, model.heads, model.key_dim), dtypes.resolve(model.dtype))
         parts = []
         for window in dict.fromkeys(model.windows):
