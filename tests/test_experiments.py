@@ -1,0 +1,103 @@
+"""Every experiment file: built, traced on the mesh of its topology, and its smoke form run; by hand, trained and compiled."""
+
+import dataclasses
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxgen import record, runtime
+from jaxgen.cli.show import chips
+from jaxgen.experiment import load, train
+from jaxgen.training.loop import program_of
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "experiments").glob("*/*.py"))
+LIBTPU = subprocess.run([sys.executable, "-c", "import libtpu"], capture_output=True).returncode == 0
+
+
+@pytest.fixture(params=FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def file(request):
+    return request.param
+
+
+def test_is_described_and_recorded(file):
+    module = load(file)
+    assert re.search(r"jaxgen train|minutes", module.__doc__), "the docstring tells how to run it"
+    assert module.experiment.topology and module.smoke.target is not None
+    for form in (module.experiment, module.smoke):
+        assert record.from_record(record.to_record(form)) == form
+    assert type(module.smoke.task) is type(module.experiment.task)
+    assert type(module.smoke.data) is type(module.experiment.data)
+
+
+def test_traces_on_its_topology(file):
+    """The whole step, by shapes alone, on an abstract mesh of the chips it is meant for."""
+    experiment = load(file).experiment
+    program = program_of(experiment, chips(experiment.topology))
+    state, metrics = jax.eval_shape(program._step, program.shapes, program.spec)
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == jax.tree.map(lambda s: (s.shape, s.dtype), program.shapes)
+    assert metrics["loss"].shape == ()
+    assert program.batch_shardings
+
+
+def test_two_steps_of_the_smoke_form(file, tmp_path):
+    smoke = dataclasses.replace(load(file).smoke, steps=2, evaluations=())
+    result = train(smoke, run_dir=tmp_path / "run")
+    assert result.step == 2
+
+
+@pytest.mark.experiments
+def test_smoke_form_reaches_its_metric(file, tmp_path):
+    smoke = load(file).smoke
+    result = train(smoke, run_dir=tmp_path / "run")
+    assert smoke.target.reached(result.metrics), result.metrics
+    assert list((tmp_path / "run" / "samples").glob("*.txt"))
+
+
+COMPILE = """
+import sys
+import jax
+from jax.experimental import topologies
+from jaxgen.experiment import load
+from jaxgen.training.loop import program_of
+
+experiment = load(sys.argv[1]).experiment
+devices = topologies.get_topology_desc(platform="tpu", topology_name=experiment.topology).devices
+lowered = program_of(experiment, devices).lower()
+if sys.argv[2] == "hash":
+    import hashlib
+    print("hash", hashlib.sha256(lowered.as_text().encode()).hexdigest())
+else:
+    memory = lowered.compile().memory_analysis()
+    print("GiB a device:", (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30)
+"""
+
+
+@pytest.mark.experiments
+@pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")
+def test_full_form_compiles_for_its_topology(file):
+    """Compiled ahead of time, which fails where it does not fit the memory; a program once compiled is not again."""
+    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+    def run(what: str) -> str:
+        command = [sys.executable, "-c", COMPILE, str(file), what]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()[-1]
+
+    version = subprocess.run(
+        [sys.executable, "-c", "from importlib.metadata import version; print(version('libtpu'))"],
+        capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    known = runtime.cache_dir() / "compiled" / hashlib.sha256((run("hash") + version).encode()).hexdigest()
+    if not known.exists():
+        told = run("compile")
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(told)
+    print(file.stem, known.read_text())
