@@ -106,6 +106,15 @@ def test_plain_attention_agrees_with_loops(name):
     assert not np.any(np.asarray(jacobian)[0, :, 1])
 
 
+@pytest.mark.parametrize("window", [0, 50])
+def test_long_causal_attention_agrees_with_loops(window):
+    """Long enough that it goes in blocks, each with the keys up to its end."""
+    segments = jnp.where(jnp.arange(256) < 100, 1, 2)[None]
+    mask, inputs = Mask("causal", window, query_segments=segments), arrays(256, 256, 2, 1, batch=1)
+    found = jit(lambda *x: attention(*x, mask, "xla"))(*inputs)
+    np.testing.assert_allclose(found, by_loops(*inputs, mask, 0.0)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["causal window", "prefix", "documents", "decoding", "cross"])
 def test_chunked_is_plain(name, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 4)
