@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 from jaxgen import sharding
 from jaxgen.errors import UserError
 from jaxgen.nn.attention import Attention, Mask
-from jaxgen.nn.dtypes import DType, resolve
 from jaxgen.nn.dropout import dropout
+from jaxgen.nn.dtypes import DType, resolve
 from jaxgen.nn.feedforward import Activation, FeedForward, is_gated
 from jaxgen.nn.kernels import Kernel
 from jaxgen.nn.linear import Embedding, Linear, Norm

@@ -22,10 +22,6 @@ _FUNCTIONS = {
 }
 
 
-import os
-_CKPT = jax.checkpoint if os.environ.get("CK_ACT","1")=="1" else (lambda f: f)
-
-
 def is_gated(activation: Activation) -> bool:
     return activation in ("geglu", "swiglu")
 
@@ -45,11 +41,9 @@ class FeedForward(nn.Module):
         def up(name: str):
             return Linear((self.width,), (("embed",), ("mlp",)), self.bias, self.init_std, self.dtype, name=name)(x)
 
-        act = _FUNCTIONS[self.activation]
-        if is_gated(self.activation):
-            h = _CKPT(lambda g, u: act(g) * u)(up("gate"), up("up"))
-        else:
-            h = _CKPT(act)(up("up"))
+        # Backward computes the activation again, which is cheaper than to keep its parts.
+        act = jax.checkpoint(_FUNCTIONS[self.activation])
+        h = act(up("gate")) * up("up") if is_gated(self.activation) else act(up("up"))
         h = sharding.constrain(h, "batch", "length", "mlp")
         return Linear(
             (x.shape[-1],), (("mlp",), ("embed",)), self.bias, self.out_std, self.dtype, name="down"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
 
 from jaxgen import sharding
 from jaxgen.errors import UserError
@@ -25,6 +24,8 @@ Shaped = jax.Array | jax.ShapeDtypeStruct
 
 CHUNK = 1024
 """Queries at a time in the chunked kernel."""
+BLOCKS = 4
+"""Blocks of causal queries in the plain kernel."""
 
 
 class Choice(NamedTuple):
@@ -86,37 +87,31 @@ def _obstacle(kernel: str, query, key, mask: Mask, cap: float) -> str:
 
 
 def _xla(query, key, value, mask: Mask, cap: float):
-    """Plain attention, softmax in float32. Backward makes the scores again: on every device that is cheaper than to
-    keep them. Causal queries go in blocks, each with the keys up to its end alone."""
-    length, keys = query.shape[1], key.shape[1]
-    if sharding.is_split("length"):  # queries stay split, every device sees all keys
+    """Plain attention, softmax in float32. Long causal self-attention goes in blocks of queries, each with the keys up
+    to its own end, which leaves out most of what the mask would."""
+    length, split = query.shape[1], sharding.is_split("length")
+    if split:  # queries stay split, every device sees all keys
         key = sharding.constrain(key, "batch", None, "kv_heads", None)
         value = sharding.constrain(value, "batch", None, "kv_heads", None)
-    whole = mask.kind != "causal" or mask.query_positions is not None or length != keys or sharding.is_split("length")
-    blocks = 1 if whole else next((n for n in (8,4, 2) if n<=BLOCKS and length % n == 0 and length >= 64 * n), 1)
-    size = length // blocks
-    out = []
-    for end in range(size, length + 1, size):
-        rows = slice(end - size, end)
-        part = mask if blocks == 1 else _rows(mask, rows, end)
-        out.append(_attend(query[:, rows], key[:, :end] if blocks > 1 else key, value[:, :end] if blocks > 1 else value, part, cap))
-    return jnp.concatenate(out, axis=1) if blocks > 1 else out[0]
-
-
-BLOCKS = int(__import__("os").environ.get("BLOCKS", "4"))
-
-
-def _rows(mask: Mask, rows: slice, end: int) -> Mask:
-    """The mask of some queries and the keys before `end`."""
-    segments = mask.segments or (None, None)
-    return dataclasses.replace(
-        mask,
-        query_positions=jnp.arange(rows.start, rows.stop)[None],
-        query_segments=None if segments[0] is None else segments[0][:, rows],
-        key_segments=None if segments[1] is None else segments[1][:, :end],
+    plain = mask.kind == "causal" and mask.query_positions is None and length == key.shape[1]
+    if split or not plain or length < 128 or length % BLOCKS:
+        return _attend(query, key, value, mask, cap)
+    ends = range(length // BLOCKS, length + 1, length // BLOCKS)
+    parts = [(slice(end - length // BLOCKS, end), slice(0, end)) for end in ends]
+    return jnp.concatenate(
+        [_attend(query[:, rows], key[:, seen], value[:, seen], _part(mask, rows, seen), cap) for rows, seen in parts], 1
     )
 
 
+def _part(mask: Mask, rows: slice, seen: slice) -> Mask:
+    """The mask of some queries and some keys of a self-attention."""
+    if mask.segments is not None:
+        mine, theirs = mask.segments
+        mask = dataclasses.replace(mask, query_segments=mine[:, rows], key_segments=theirs[:, seen])
+    return dataclasses.replace(mask, query_positions=jnp.arange(rows.start, rows.stop)[None])
+
+
+# Backward makes the scores again: they are large, and cheaper to compute than to keep and read.
 @functools.partial(jax.checkpoint, static_argnums=(4,))
 def _attend(query, key, value, mask: Mask, cap: float):
     batch, length, heads, head_dim = query.shape

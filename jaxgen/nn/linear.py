@@ -42,10 +42,6 @@ class Linear(nn.Module):
         return y
 
 
-import os
-_CKPT = jax.checkpoint if os.environ.get("CK_NORM","1")=="1" else (lambda f: f)
-
-
 def matmul(x: Float[Array, "*lead K"], w: Float[Array, "K N"]) -> Float[Array, "*lead N"]:
     """x @ w as one flat matrix product (1.3 times as fast on CPU), unless the sequence is split over devices, where
     flattening batch and length together would have to gather it."""
@@ -94,6 +90,7 @@ class Norm(nn.Module):
         if self.bias and self.kind == "layernorm":
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), width)
 
+        @jax.checkpoint  # backward computes it again, which is cheaper than to keep its parts
         def normalise(x, scale, bias):
             h = x.astype(jnp.float32)
             if self.kind == "layernorm":
@@ -101,4 +98,4 @@ class Norm(nn.Module):
             h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.epsilon) * scale
             return (h if bias is None else h + bias).astype(resolve(self.dtype))
 
-        return _CKPT(normalise)(x, scale, bias)
+        return normalise(x, scale, bias)

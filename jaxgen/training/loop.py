@@ -89,7 +89,9 @@ def train(
     checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, report=console.say)
     state = _restore(program, checkpoints)
     if state is None:
-        state = _begin(program, experiment, checkpoints, pretrained)
+        state, origins = _begin(program, experiment, checkpoints, pretrained)
+        if origins and lead:
+            _note(directory, pretrained=origins)
     elif lead:
         console.say(f"resumed {directory} at step {int(state.step)}")
     step = int(state.step)
@@ -170,7 +172,7 @@ def _enter(directory: Path, experiment: Experiment, data: Any, pretrained: Seque
     changes = []
     if (directory / record.FILE).is_file():
         old = record.stored(directory)
-        facts = json.loads((directory / "run.json").read_text()) if (directory / "run.json").is_file() else {}
+        facts = _notes(directory)
         changes = record.resume(
             old.experiment, record.to_record(experiment), lambda: facts.get("data") == data.fingerprint, directory
         )
@@ -186,7 +188,7 @@ def _enter(directory: Path, experiment: Experiment, data: Any, pretrained: Seque
             directory.mkdir(parents=True, exist_ok=True)
             if data.tokenizer is not None:
                 data.tokenizer.save(directory / "tokenizer")
-            _write_json(directory / "run.json", {"data": data.fingerprint, "facts": data.facts, **_versions()})
+            _note(directory, data=data.fingerprint, facts=data.facts, **_versions())
             # last, since it is what makes the directory a run
             record.store(directory, experiment, {s.path: record.to_record(s.pretrained) for s in pretrained})
         except OSError as error:
@@ -207,10 +209,18 @@ def _versions() -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: Any) -> None:
-    new = path.with_suffix(".tmp")
-    new.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(new, path)
+def _notes(directory: Path) -> dict[str, Any]:
+    """What the run directory notes of itself in `run.json`; empty where that is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    return {}
+
+
+def _note(directory: Path, **facts: Any) -> None:
+    """Adds facts to `run.json`, whole or not at all."""
+    new = directory / "run.json.tmp"
+    new.write_text(json.dumps(_notes(directory) | facts, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(new, directory / "run.json")
 
 
 # ---- the state ----
@@ -230,37 +240,41 @@ def _restore(program: Program, checkpoints: Checkpoints) -> TrainState | None:
 
 def _begin(
     program: Program, experiment: Experiment, checkpoints: Checkpoints, pretrained: Sequence[Source]
-) -> TrainState:
-    """A new state, with the weights that come from elsewhere in their places."""
-    state = program.init(experiment.seed)
+) -> tuple[TrainState, dict[str, Any]]:
+    """A new state with the weights that come from elsewhere in their places, and where they came from."""
+    state, origins = program.init(experiment.seed), {}
     for source in pretrained:
         part = source.path.removeprefix("task.").split(".")[0]
-        old = _read_pretrained(program, source, part)
-        trainable = jax.tree.map(lambda p, w: None if p is None else w, state.params[part], old, is_leaf=_none)
-        frozen = jax.tree.map(lambda p, w: None if p is None else w, state.frozen[part], old, is_leaf=_none)
-        state = state.replace(params={**state.params, part: trainable}, frozen={**state.frozen, part: frozen})
+        weights, origins[source.path] = _read_pretrained(program, source, part)
+
+        def fill(tree, part=part, weights=weights):
+            kept = jax.tree.map(lambda old, new: None if old is None else new, tree[part], weights, is_leaf=_none)
+            return {**tree, part: kept}
+
+        state = state.replace(params=fill(state.params), frozen=fill(state.frozen))
     if pretrained and program.ema is not None:
         state = state.replace(ema=jax.jit(program.ema.init, out_shardings=program.shardings.ema)(state.params))
     if jax.tree.leaves(state.frozen):
         checkpoints.save_once("frozen", state.frozen)
-    return state
+    return state, origins
 
 
 def _none(x: Any) -> bool:
     return x is None
 
 
-def _read_pretrained(program: Program, source: Source, part: str) -> Any:
-    """The weights of a source's part, streamed into this run's layout."""
+def _read_pretrained(program: Program, source: Source, part: str) -> tuple[Any, dict[str, Any]]:
+    """The weights of a source's part, streamed into this run's layout, and what names them."""
     wanted = source.pretrained
     target = merge(program.shapes.params, program.shapes.frozen)[part]
     reader = Checkpoints(Path(source.directory) / "checkpoints", read_only=True)
     theirs = wanted.part.removeprefix("task.").split(".")[0]
     step = wanted.step if wanted.step in ("latest", "best") else int(wanted.step)
-    kept = any(name.startswith(f"ema/{theirs}") for name in reader.contents(step))
+    kept = any(name.startswith(f"ema/{theirs}/") for name in reader.contents(step))
     tree = "ema" if wanted.weights == "ema" and kept else "params"
-    _, values = reader.restore(target, step, part=f"{tree}/{theirs}", cast=True)
-    return values
+    step, weights = reader.restore(target, step, part=f"{tree}/{theirs}", cast=True)
+    origin = {"source": str(source.directory), "step": step, "weights": tree, "checksum": reader.checksum(step)}
+    return weights, origin
 
 
 # ---- evaluation ----
