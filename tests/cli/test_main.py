@@ -80,7 +80,7 @@ def test_exit_code_is_the_verbs(verb, returned, code):
         (["sample", "a", "--step", "beast"], "--step is 'beast', which should be a number, latest or best"),
         (["eval", "a", "--step", "-3"], "--step is '-3', which should be a number, latest or best"),
         (["eval", "a", "--weights", "x"], "argument --weights: invalid choice: 'x'"),
-        (["sample", "a", "--tokens", "0"], "--tokens is 0, which should be at least 1"),
+        (["sample", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0, which should be at least 1"),
         (["sample", "a", "--top-p", "2"], "--top-p is 2.0, which should be above 0 and at most 1"),
         (["train", "x.py", "--devices", "many"], "--devices is 'many', which should be a number of at least 1"),
         (["show", "x.py", "--devices", "-3"], "--devices is '-3', which should be a number of at least 1"),

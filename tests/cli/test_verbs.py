@@ -177,8 +177,8 @@ def test_a_run_from_train_to_sample(file, capsys):
     assert main(["eval", "runs/tiny", "--step", "3"]) == 2
     assert "no step 3" in capsys.readouterr().err
 
-    prompt = ["--prompt", "the ", "--tokens", "4", "--json"]
-    assert main(["sample", "--run-dir", "runs/tiny", "--count", "2", *prompt]) == 0
+    prompt = ["--prompt", "the ", "--max-new-tokens", "4", "--json"]
+    assert main(["sample", "--run-dir", "runs/tiny", "--n", "2", *prompt]) == 0
     two = json.loads(capsys.readouterr().out)["samples"]
     assert [s["prompt"] for s in two] == ["the ", "the "]
 
@@ -198,10 +198,10 @@ def test_a_run_goes_on_and_is_measured_elsewhere(file, capsys):
     (file.parent / "other.txt").write_text("something else entirely, at greater length than before\n" * 30)
     assert main(["eval", "runs/tiny", "--step", "4", "--data.path", "other.txt", "--mesh.fsdp", "4"]) == 0
     assert "runs/tiny, step 4, ema weights\neval/heldout/loss" in capsys.readouterr().out
-    prompt = ["--prompt", "the ", "--tokens", "4", "--json"]
+    prompt = ["--prompt", "the ", "--max-new-tokens", "4", "--json"]
     samples = []
     for count in ("1", "2"):
-        assert main(["sample", "tiny", "--count", count, *prompt]) == 0
+        assert main(["sample", "tiny", "--n", count, *prompt]) == 0
         samples.append(json.loads(capsys.readouterr().out)["samples"])
     assert samples[0] == samples[1][:1]   # a sample is the same alone
 
