@@ -43,7 +43,7 @@ smoke = dataclasses.replace(
     task=LanguageModel(
         GPT(vocab_size=1024, depth=3, width=192, heads=3, max_length=128, bias=False), loss_chunk=32
     ),
-    data=dataclasses.replace(experiment.data, path="", tokenizer=SentencePiece(vocab_size=1024), length=128, heldout=0.02),
+    data=Text(tokenizer=SentencePiece(vocab_size=1024), length=128, heldout=0.02),
     optimizer=AdamW(learning_rate=2e-3, schedule=Cosine(warmup=20, final=0.1)),
     batch_size=16,
     microbatches=1,

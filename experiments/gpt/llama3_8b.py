@@ -2,8 +2,8 @@
 
     jaxgen train experiments/gpt/llama3_8b.py --data.path gs://BUCKET/text --data.tokenizer.path tokenizer.model
 
-The data is any text, as JSON lines or ArrayRecord; the tokenizer a SentencePiece model, of 128,256 entries or fewer.
-Parameters, gradients and optimizer state are split over all 64 chips; a step takes 128 documents' worth of 8,192 tokens,
+The data is any text, as JSON lines or ArrayRecord; the tokenizer is a SentencePiece model of 128,256 entries, or is
+learned from the text. Parameters, gradients and optimizer state are split over all 64 chips; a step takes 128 documents' worth of 8,192 tokens,
 one million in all. Documents are packed whole, with no attention across. Not run in full yet.
 """
 
@@ -50,7 +50,7 @@ smoke = dataclasses.replace(
         model.clone(vocab_size=1024, depth=3, width=192, heads=6, kv_heads=2, mlp_width=512, max_length=128),
         loss_chunk=32,
     ),
-    data=dataclasses.replace(experiment.data, path="", tokenizer=SentencePiece(vocab_size=1024), length=128, heldout=0.02),
+    data=Text(tokenizer=SentencePiece(vocab_size=1024), length=128, packing="documents", heldout=0.02),
     optimizer=AdamW(learning_rate=2e-3, schedule=Cosine(warmup=20, final=0.1)),
     batch_size=16,
     steps=250,

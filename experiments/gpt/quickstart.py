@@ -31,7 +31,7 @@ experiment = Experiment(
     optimizer=Muon(learning_rate=0.02, adam_learning_rate=4e-3, schedule=Linear(warmup=10, final=0.05)),
     batch_size=8,
     steps=320,
-    evaluations=(HeldOut(every=160, batch_size=16), TextPreview(every=160, prompts=("", "def read_", "The following "))),
+    evaluations=(HeldOut(every=160), TextPreview(every=160, prompts=("", "def read_", "The following "))),
     checkpoint=Checkpointing(every=160),
     topology="v5e:2x2",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """nanoGPT's character model of tiny Shakespeare (github.com/karpathy/nanoGPT, config/train_shakespeare_char.py).
 
-    jaxgen train experiments/gpt/shakespeare_char.py --data.path input.txt            # 10.7 M parameters, one GPU or TPU
-    jaxgen train experiments/gpt/shakespeare_char.py --data.path input.txt --smoke    # nanoGPT's small form for a CPU
+    jaxgen train experiments/gpt/shakespeare_char.py --data.path input.txt            # 10.8 M parameters, GPU or TPU
+    jaxgen train experiments/gpt/shakespeare_char.py --data.path input.txt --smoke    # nanoGPT's small CPU form
 
 The text is the 1 MB file `data/tinyshakespeare/input.txt` of github.com/karpathy/char-rnn; its last tenth is held out.
 nanoGPT reports a validation loss of 1.4697 for the full form and 1.88 for the small one, in nats a character.

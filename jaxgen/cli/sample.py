@@ -24,8 +24,8 @@ def parser() -> options.Parser:
 def run(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
     for name, least in (("n", 1), ("max_new_tokens", 1), ("temperature", 0)):
-        if getattr(arguments, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, which should be at least {least}")
+        if (value := getattr(arguments, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, which should be at least {least}")
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p is {arguments.top_p}, which should be above 0 and at most 1")
     from jaxgen.cli.opened import open_run

@@ -101,7 +101,7 @@ class GPT(nn.Module):
     def check(self) -> None:
         """Raises UserError for sizes that do not fit together."""
         if not self.head_dim and self.width % self.heads:
-            raise UserError(f"The width {self.width} is not a multiple of the {self.heads} heads; set head_dim or either.")
+            raise UserError(f"The width {self.width} is not a multiple of the {self.heads} heads.")
         if self.kv_heads and self.heads % self.kv_heads:
             raise UserError(f"The {self.heads} heads are not a multiple of the {self.kv_heads} kv_heads.")
         if self.positions == "rope" and self.key_dim % 2:
@@ -151,9 +151,8 @@ class GPT(nn.Module):
         at = jnp.zeros((1, 1), jnp.int32)
         block = self.block(kernel="xla")
         layers = jax.vmap(lambda k: block.init(k, x, None, at)["params"])(jax.random.split(key, self.depth))
-        return jax.tree.map(
-            lambda box: box.replace(names=("layers", *box.names)), layers, is_leaf=lambda x: isinstance(x, nn.Partitioned)
-        )
+        stack = lambda box: box.replace(names=("layers", *box.names))  # noqa: E731
+        return jax.tree.map(stack, layers, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
     def __call__(self, tokens: Int[Array, "B L"], **options) -> Float[Array, "B L V"]:
         """Logits of the next token at every position; options as of `hidden`."""

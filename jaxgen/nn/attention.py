@@ -111,9 +111,8 @@ class Attention(nn.Module):
         """Attend from x to itself, or to the cache after x was written there at `mask.query_positions`."""
 
         def project(name: str, heads: int, axis: str):
-            return Linear(
-                (heads, self.head_dim), (("embed",), (axis, "head_dim")), self.bias, self.init_std, self.dtype, name=name
-            )(x)
+            axes = (("embed",), (axis, "head_dim"))
+            return Linear((heads, self.head_dim), axes, self.bias, self.init_std, self.dtype, name=name)(x)
 
         query = project("query", self.heads, "heads")
         key = project("key", self.kv_heads, "kv_heads")

@@ -2,8 +2,8 @@
 
     python tests/bench/loop_overhead.py [--steps 300] [--rounds 5]
 
-Takes turns: so many steps of a program on one batch, so many of `jaxgen.train` without evaluations and saves. Prints the
-median seconds a step of each, and the loop's overhead.
+Takes turns: so many steps of a program on one batch, so many of `jaxgen.train` without evaluations. Prints the median
+seconds a step of each, and the loop's overhead.
 """
 
 import argparse

@@ -91,10 +91,9 @@ def loss_and_gradient(model, params, key):
 
 @pytest.mark.parametrize(
     "change",
-    [{"scan": False}, {"remat": "full"}, {"remat": "dots"}, {"scan": False, "remat": "full"},
-     {"scan": False, "remat": "dots"}],
+    [{"scan": False}, {"remat": "full"}, {"remat": "dots"}, {"scan": False, "remat": "full"}],
     ids=str,
-)  # fmt: skip
+)
 def test_scan_and_remat_change_nothing(change):
     """With dropout: the masks are the same too."""
     model, key = LEAN.clone(depth=4, windows=(3, 0), dropout=0.2), jax.random.key(5)

@@ -84,26 +84,17 @@ def close(found, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("name", MASKS)
 def test_plain_attention_agrees_with_loops(name):
-    """And a query's output depends on the values that it sees, and on no other, exactly."""
+    """With one-hot values the output is the weights: exactly 0 for a key that is not seen, and for no other."""
     mask = MASKS[name]
-    inputs, cap = arrays(keys=24 if name in ("decoding", "cross") else 16), 1.5 if "documents" in name else 0.0
-    expected, seen = by_loops(*inputs, mask, cap)
-    seen_any = seen.any(-1)  # a query that sees nothing gets no sensible output
-    query, key, value = inputs
-
-    @jit
-    def both(value):
-        def one(value):  # summed over heads and features, in which nothing cancels
-            return attention(query, key, value, mask, "xla", cap).sum((2, 3))
-
-        return attention(query, key, value, mask, "xla", cap), jax.jacrev(one)(value)
-
-    found, jacobian = both(value)
-    np.testing.assert_allclose(found[seen_any], expected[seen_any], atol=1e-5)
-    for b in range(2):
-        depends = np.abs(np.asarray(jacobian)[b, :, b]).max((-1, -2)) != 0
-        np.testing.assert_array_equal(depends[seen_any[b]], seen[b][seen_any[b]])
-    assert not np.any(np.asarray(jacobian)[0, :, 1])
+    keys, cap = 24 if name in ("decoding", "cross") else 16, 1.5 if "documents" in name else 0.0
+    query, key, _ = arrays(keys=keys, size=keys)
+    value = jnp.broadcast_to(jnp.eye(keys)[None, :, None], key.shape)
+    expected, seen = by_loops(query, key, value, mask, cap)
+    found = np.asarray(jit(lambda *x: attention(*x, mask, "xla", cap))(query, key, value))
+    any_seen = seen.any(-1)  # a query that sees nothing gets no sensible output
+    np.testing.assert_allclose(found[any_seen], expected[any_seen], atol=1e-5)
+    for h in range(4):
+        np.testing.assert_array_equal((found[:, :, h] != 0)[any_seen], seen[any_seen])
 
 
 @pytest.mark.parametrize("window", [0, 50])
@@ -137,7 +128,7 @@ def plain(name):
     return run("xla", arrays(256, 256, 4, 2, 64), *SPLASH[name])
 
 
-@pytest.mark.parametrize("name", SPLASH)
+@pytest.mark.parametrize("name", ["everything", "both ways, in a window"])
 def test_splash_is_plain(name):
     close(run("splash_interpret", arrays(256, 256, 4, 2, 64), *SPLASH[name]), plain(name))
 

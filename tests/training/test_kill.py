@@ -1,4 +1,4 @@
-"""A run that is killed with -9 goes on by itself, and every loss is that of a run that was never cut off, bit for bit."""
+"""A run killed with -9 goes on by itself, and every loss is that of a run that was never cut off, bit for bit."""
 
 import json
 import os

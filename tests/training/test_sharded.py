@@ -1,4 +1,4 @@
-"""One model on many meshes: the same loss, gradients and training as on one device, with the parameters really split."""
+"""One model on many meshes: loss, gradients and training as on one device, with the parameters really split."""
 
 import dataclasses
 import functools
