@@ -214,7 +214,7 @@ def test_counts_its_operations(model):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"heads": 5}, "The width 32 is not a multiple of the 5 heads; set head_dim or either."),
+    ({"heads": 5}, "The width 32 is not a multiple of the 5 heads."),
     ({"kv_heads": 3}, "The 4 heads are not a multiple of the 3 kv_heads."),
     ({"positions": "rope", "head_dim": 7}, "Rotary positions need an even head size, not 7."),
     ({"windows": (1, 2, 3)}, "The depth 2 is not a multiple of the 3 windows' pattern."),
