@@ -92,17 +92,20 @@ class Two(Task):
 
     def players(self):
         def one(params, batch, context):
-            weight = batch["weights"].sum()
-            return Loss(context.state["scale"] * weight, weight, metrics={"tokens": (batch["tokens"].sum(), weight)})
+            weight, real = batch["weights"].sum(), batch["weights"][:, 0]
+            found = {"tokens": (batch["tokens"].sum(), weight), "index": (jnp.sum(context.index * real), real.sum())}
+            return Loss(context.state["scale"] * weight, weight, metrics=found)
 
         return Player("a", one), Player("b", lambda *args: one(*args).replace(sum=jnp.float32(0)))
 
 
 def test_players_metrics_and_state():
-    """Named by player; and no perplexity where there is no one loss."""
+    """Named by player, and no perplexity where there is no one loss; an example's index is its place in the set."""
     metrics = HeldOut(batch_size=8).build(setting(Two()))({}, {"scale": jnp.float32(2.5)}, 0).metrics
     mean = DATA.arrays["tokens"].sum() / DATA.arrays["weights"].sum()
-    assert metrics == {"a/loss": 2.5, "a/tokens": pytest.approx(mean), "b/loss": 0, "b/tokens": pytest.approx(mean)}
+    expected = {"tokens": pytest.approx(mean), "index": 6}
+    both = {"a/loss": 2.5, "b/loss": 0} | {f"{player}/{k}": v for player in "ab" for k, v in expected.items()}
+    assert metrics == both
 
 
 def test_preview():

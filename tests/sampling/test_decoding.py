@@ -95,11 +95,13 @@ def test_sweeping_compiles_nothing():
 
 
 def test_on_a_mesh_as_on_one_device():
-    """A batch that the mesh does not divide, one token at a time over a split sequence; and afterwards on one again."""
-    found = sample()
+    """A batch that the mesh does not divide, one token at a time over a split sequence; and compiled for the mesh."""
+    found, before = sample(), text._generate._cache_size()
     with Sharding(Mesh(fsdp=2, tensor=2, sequence=2).build(), RULES).use():
         np.testing.assert_array_equal(sample(), found)
+    assert text._generate._cache_size() == before + 1
     np.testing.assert_array_equal(sample(), found)
+    assert text._generate._cache_size() == before + 1
 
 
 def test_more_positions_than_were_learned():

@@ -205,7 +205,7 @@ class Draws(Toy):
     def loss(self, params, batch, context):
         draws = jax.vmap(jax.random.uniform)(context.keys())
         state = {"draws": context.state["draws"].at[context.index].set(draws)}
-        return mean(jnp.square(params["model"]["w"] - batch["x"] - draws), state=state)
+        return mean(jnp.square(params["model"]["w"] - batch["x"] * draws), state=state)
 
 
 def test_examples_draw_the_same_on_any_mesh_and_microbatches():
