@@ -30,9 +30,9 @@ experiment = Experiment(
     data=Text(tokenizer=SentencePiece(vocab_size=4096), length=256),
     optimizer=Muon(learning_rate=0.02, adam_learning_rate=4e-3, schedule=Linear(warmup=10, final=0.05)),
     batch_size=8,
-    steps=320,
-    evaluations=(HeldOut(every=160), TextPreview(every=160, prompts=("", "def read_", "The following "))),
-    checkpoint=Checkpointing(every=160),
+    steps=240,
+    evaluations=(HeldOut(every=120), TextPreview(every=120, prompts=("", "def read_", "The following "))),
+    checkpoint=Checkpointing(every=120),
     topology="v5e:2x2",
 )  # fmt: skip
 
