@@ -3,9 +3,9 @@
 Imports no JAX at the top. A variable that the user has set is never changed.
 """
 
-import hashlib
 import contextlib
 import ctypes
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging

@@ -2,9 +2,9 @@
 
     jaxgen train experiments/gpt/llama3_8b.py --data.path gs://BUCKET/text --data.tokenizer.path tokenizer.model
 
-The data is any text, as JSON lines or ArrayRecord; the tokenizer a SentencePiece model of 128,256 entries, or learned
-from the text. Parameters, gradients and optimizer state are split over all 64 chips; a step takes 128 sequences of 8,192
-tokens, one million in all. Documents are packed whole, with no attention across. Not run in full yet.
+The data is any text, as JSON lines or ArrayRecord; the tokenizer a SentencePiece model, or one learned from the text.
+Parameters, gradients and optimizer state are split over all 64 chips; a step takes 128 sequences of 8,192 tokens, one
+million in all. Documents are packed whole, with no attention across. Not run in full yet.
 """
 
 import dataclasses
