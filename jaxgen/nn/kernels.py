@@ -115,16 +115,23 @@ def _part(mask: Mask, rows: slice, seen: slice) -> Mask:
 @functools.partial(jax.checkpoint, static_argnums=(4,))
 def _attend(query, key, value, mask: Mask, cap: float):
     batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
+    keys, kv_heads = key.shape[1:3]
+    # heads first, those of a group as further rows: each product is one matrix product a head
     query = (query * (head_dim**-0.5)).reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("blkgd,bskd->bkgls", query, key, preferred_element_type=jnp.float32)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, head_dim)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scores = jnp.einsum("bkld,bksd->bkls", query, key, preferred_element_type=jnp.float32)
     if cap:
         scores = cap * jnp.tanh(scores / cap)
-    allowed = mask.allowed(length, key.shape[1])
+    allowed = mask.allowed(length, keys)
     if allowed is not None:
-        scores = jnp.where(allowed[:, :, None], scores, -0.7 * jnp.finfo(jnp.float32).max)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgls,bskd->blkgd", weights, value).reshape(batch, length, heads, head_dim)
+        grid = scores.reshape(batch, kv_heads, -1, length, keys)
+        scores = jnp.where(allowed[:, :, None], grid, -0.7 * jnp.finfo(jnp.float32).max).reshape(scores.shape)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    out = jnp.einsum("bkls,bksd->bkld", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    out = (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
+    out = out.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 def _chunked(query, key, value, mask: Mask, cap: float):

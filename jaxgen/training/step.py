@@ -16,7 +16,7 @@ from jaxgen.sharding import Sharding, names_of, unbox
 from jaxgen.tasks.base import Batch, Context, Loss, Player, Spec, Task, batch_shardings
 from jaxgen.training import parameters
 from jaxgen.training.ema import Ema
-from jaxgen.training.optimizers import Optimizer, state_axes, updates
+from jaxgen.training.optimizers import Optimizer, global_norm, state_axes, updates
 from jaxgen.training.state import TrainState
 
 
@@ -228,8 +228,7 @@ class Program:
         trainable = _owned(player, train_state.params)
         loss, grads = self._gradient(train_state, batch, player, trainable)
         value = loss.sum / loss.weight
-        grads = jax.tree.map(lambda g: g / loss.weight, grads)
-        norm = optax.tree.norm(grads)
+        norm = global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
         transform = self._transform(player, train_state.params)
@@ -256,8 +255,8 @@ class Program:
         return train_state, {prefix + name: value for name, value in metrics.items()}
 
     def _gradient(self, train_state: TrainState, batch: Batch, player: Player, trainable) -> tuple[Loss, Any]:
-        """(loss, gradient of its sum) over the whole batch, a microbatch at a time."""
-        number = [p.name for p in self.players].index(player.name)
+        """(loss, gradient of its mean) over the whole batch, a microbatch at a time."""
+        count, number = self.microbatches, [p.name for p in self.players].index(player.name)
         key = jax.random.fold_in(jax.random.wrap_key_data(train_state.key), train_state.step)
         step_key, micro_key = jax.random.split(jax.random.fold_in(key, number))
         ema = None if train_state.ema is None else self.ema.weights(train_state.ema)
@@ -268,11 +267,11 @@ class Program:
             context = Context(jax.random.fold_in(micro_key, micro), step_key, train_state.step, index, state, ema)
             loss = player.loss(params, part, context)
             loss = loss.replace(state=state if loss.state is None else loss.state)
-            return loss.sum, loss
+            # the weight of a batch in parts is known at the end alone; else this saves a pass over the gradient
+            return (loss.sum / jax.lax.stop_gradient(loss.weight) if count == 1 else loss.sum), loss
 
         gradient = jax.grad(loss_of, has_aux=True)
         index = jnp.arange(self.batch_size, dtype=jnp.int32)
-        count = self.microbatches
         if count == 1:
             grads, loss = gradient(trainable, batch, index, 0, train_state.state)
             return loss, grads
@@ -291,7 +290,8 @@ class Program:
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(lambda: gradient(trainable, *first, train_state.state))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(body, (zeros[1].replace(state=train_state.state), zeros[0]), parts)[0]
+        loss, grads = jax.lax.scan(body, (zeros[1].replace(state=train_state.state), zeros[0]), parts)[0]
+        return loss, jax.tree.map(lambda g: g / loss.weight, grads)
 
 
 def _owned(player: Player, tree: dict[str, Any]) -> dict[str, Any]:

@@ -152,7 +152,8 @@ def test_close_ends_the_thread():
 
 
 INTERRUPTED = """
-import time, grain, jax, numpy as np
+import signal, time, grain, jax, numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would ignore
 from jaxgen.data.loader import Loader
 def slow(i):
     time.sleep({sleep})
