@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 from jaxgen import record, runtime
 from jaxgen.cli.show import chips
 from jaxgen.experiment import load, train
+from jaxgen.sharding import Mesh
+from jaxgen.training import metrics
 from jaxgen.training.loop import program_of
 
 ROOT = Path(__file__).parents[1]
@@ -40,24 +43,31 @@ def test_traces_on_its_topology(file):
     """The whole step, by shapes alone, on an abstract mesh of the chips it is meant for."""
     experiment = load(file).experiment
     program = program_of(experiment, chips(experiment.topology))
-    state, metrics = jax.eval_shape(program._step, program.shapes, program.spec)
+    state, found = jax.eval_shape(program._step, program.shapes, program.spec)
     for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(program.shapes), strict=True):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)
-    assert metrics["loss"].shape == ()
+    assert found["loss"].shape == ()
     assert program.batch_shardings
 
 
 def test_two_steps_of_the_smoke_form(file, tmp_path):
-    smoke = dataclasses.replace(load(file).smoke, steps=2, evaluations=())
+    smoke = load(file).smoke
+    data = math.gcd(smoke.batch_size // smoke.microbatches, jax.device_count())
+    mesh = Mesh(data=data, tensor=jax.device_count() // data)
+    smoke = dataclasses.replace(smoke, steps=2, evaluations=(), mesh=mesh)
     result = train(smoke, run_dir=tmp_path / "run")
     assert result.step == 2
 
 
 @pytest.mark.experiments
 def test_smoke_form_reaches_its_metric(file, tmp_path):
-    smoke = load(file).smoke
-    result = train(smoke, run_dir=tmp_path / "run")
-    assert smoke.target.reached(result.metrics), result.metrics
+    """On one device, by the command that a person gives."""
+    train = [sys.executable, "-m", "jaxgen.cli.main", "train"]
+    command = [*train, str(file), "--smoke", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = metrics.last(tmp_path / "run")
+    assert load(file).smoke.target.reached(found), found
     assert list((tmp_path / "run" / "samples").glob("*.txt"))
 
 
