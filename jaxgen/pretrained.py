@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jaxgen.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
@@ -16,3 +18,7 @@ class Pretrained:
     """The averaged weights (the raw ones where the source keeps no average), or the raw ones."""
     step: str = "latest"
     """A step of the source: a number, latest or best."""
+
+    def __post_init__(self):
+        if self.step not in ("latest", "best") and not self.step.isdecimal():
+            raise UserError(f"the step of a Pretrained is {self.step!r}, which should be a number, latest or best")

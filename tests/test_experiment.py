@@ -331,6 +331,8 @@ def test_override_optimizers_by_player():
 def test_override_a_pretrained():
     e = experiment(task=Tuned(Pretrained("runs/a")))
     assert override(e, ["--task.model.source", "runs/b"]).task.model == Pretrained("runs/b")
+    with pytest.raises(UserError, match="'seven', which should be a number, latest or best"):
+        override(e, ["--task.model.step", "seven"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 0 done, 2 the user's mistake, 75 preempted and saved, 130 interrupted. Nothing heavy is imported here.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -37,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:   # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"jaxgen: {error.strerror}{error.filename and f' for {error.filename}' or ''}; what was saved before is "
+              "whole, and the same command goes on once there is space", file=sys.stderr)
+        return MISTAKE
 
 
 def _run(argv: list[str]) -> int:

@@ -45,12 +45,16 @@ def open_run(arguments: argparse.Namespace, verb: str, overrides: Sequence[str] 
     runtime.start()
     import jax
 
+    from jaxgen.experiment import Experiment
     from jaxgen.override import override
     from jaxgen.training.checkpoint import Checkpoints
     from jaxgen.training.parameters import merge
 
     _allowed(overrides)
-    experiment = override(record.from_record(stored.experiment, arguments.trust), overrides)
+    experiment = record.from_record(stored.experiment, arguments.trust)
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{directory / record.FILE} is damaged: it holds a {type(experiment).__name__}, no Experiment")
+    experiment = override(experiment, overrides)
     experiment, program = _program(_own_tokenizer(experiment, directory))
     shapes = program.shapes
     checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, read_only=True)

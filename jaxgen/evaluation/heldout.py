@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.data.loader import heldout_batches
+from jaxgen.errors import UserError
 from jaxgen.evaluation.base import Evaluation, Report, Setting, constant_key
 from jaxgen.tasks.base import Context, batch_shardings
 
@@ -27,6 +28,8 @@ class HeldOut(Evaluation):
         task, data, sharding = setting.task, setting.data, setting.sharding
         size = self.batch_size or next(iter(setting.spec.values())).shape[0]
         dataset = data.heldout()
+        if not len(dataset):
+            raise UserError(f"the evaluation '{self.name}' has nothing to measure: the data holds nothing out")
         example = dataset[0]
         spec = {k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype) for k, v in example.items()}
         layout = batch_shardings(task, sharding, spec)

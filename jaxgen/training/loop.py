@@ -76,14 +76,32 @@ def train(
     Raises UserError for a directory that holds another run, data or a mesh that does not fit, and a loss that stays
     not finite.
     """
-    directory, lead = Path(run_dir), jax.process_index() == 0
+    with contextlib.ExitStack() as held:
+        return _train(experiment, Path(run_dir), resume, profile, pretrained, held)
+
+
+def _train(
+    experiment: Experiment,
+    directory: Path,
+    resume: bool,
+    profile: bool,
+    pretrained: Sequence[Source],
+    held: contextlib.ExitStack,
+) -> Result:
+    """`train`, with the run directory in `held`."""
+    lead = jax.process_index() == 0
     program = program_of(experiment)
     console = metering.Console(experiment.steps, experiment.task.units(program.spec)[0], lead)
     program.shapes  # noqa: B018  what does not fit is found before any data is read
     data = experiment.data.prepare(progress=console.prepare)
     experiment.task.check_data(data)
+    setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed)
+    measures = [(e, e.build(setting)) for e in experiment.evaluations]
+    if not (directory / record.FILE).is_file():
+        for source in pretrained:
+            _origin(source)  # a mistake in it leaves no run behind
 
-    changes = _enter(directory, experiment, data, pretrained, resume)
+    changes = _enter(directory, experiment, data, pretrained, resume, held)
     for change in changes:
         console.say(f"{directory} goes on with another {change}")
     checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, report=console.say)
@@ -100,8 +118,6 @@ def train(
         return Result(directory, step, metering.last(directory), state)
 
     _greet(console, directory, experiment, program, data)
-    setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed)
-    measures = [(e, e.build(setting)) for e in experiment.evaluations]
     writer = metering.Writer(directory, step, experiment.log.tensorboard) if lead else None
     loader = Loader(data.train(experiment.seed), program.batch_shardings, experiment.batch_size, start=step)
     meter = _Meter(program, experiment.log.every, loader, writer, console, experiment.max_skipped)
@@ -167,7 +183,14 @@ def train(
 # ---- the run directory ----
 
 
-def _enter(directory: Path, experiment: Experiment, data: Any, pretrained: Sequence[Source], resume: bool) -> list[Any]:
+def _enter(
+    directory: Path,
+    experiment: Experiment,
+    data: Any,
+    pretrained: Sequence[Source],
+    resume: bool,
+    held: contextlib.ExitStack,
+) -> list[Any]:
     """Makes the run directory, or checks that it holds this run; the differences that it goes on with."""
     changes = []
     if (directory / record.FILE).is_file():
@@ -186,6 +209,7 @@ def _enter(directory: Path, experiment: Experiment, data: Any, pretrained: Seque
     if jax.process_index() == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_alone(directory))
             if data.tokenizer is not None:
                 data.tokenizer.save(directory / "tokenizer")
             _note(directory, data=data.fingerprint, facts=data.facts, **_versions())
@@ -194,6 +218,23 @@ def _enter(directory: Path, experiment: Experiment, data: Any, pretrained: Seque
         except OSError as error:
             raise UserError(f"Cannot write the run directory {directory}: {error.strerror or error}.") from None
     return changes
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Holds the run directory while this process lives: of two at once, each would set aside what the other saves."""
+    with open(directory / "lock", "a") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not handed on to child processes
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"Another process is training in {directory}; wait until it ends, or give another --run-dir."
+            ) from None
+        except (ImportError, OSError):  # a system without locks
+            pass
+        yield
 
 
 def _versions() -> dict[str, Any]:
@@ -263,17 +304,24 @@ def _none(x: Any) -> bool:
     return x is None
 
 
-def _read_pretrained(program: Program, source: Source, part: str) -> tuple[Any, dict[str, Any]]:
-    """The weights of a source's part, streamed into this run's layout, and what names them."""
+def _origin(source: Source) -> tuple[Checkpoints, Any, str]:
+    """Where the weights of a source are: its checkpoints, the step, and the tree (ema/PART or params/PART) in it."""
     wanted = source.pretrained
-    target = merge(program.shapes.params, program.shapes.frozen)[part]
-    reader = Checkpoints(Path(source.directory) / "checkpoints", read_only=True)
+    policy = record.from_record(record.stored(source.directory).experiment["checkpoint"])  # says what best means
+    reader = Checkpoints(Path(source.directory) / "checkpoints", policy, read_only=True)
     theirs = wanted.part.removeprefix("task.").split(".")[0]
     step = wanted.step if wanted.step in ("latest", "best") else int(wanted.step)
     kept = any(name.startswith(f"ema/{theirs}/") for name in reader.contents(step))
-    tree = "ema" if wanted.weights == "ema" and kept else "params"
-    step, weights = reader.restore(target, step, part=f"{tree}/{theirs}", cast=True)
-    origin = {"source": str(source.directory), "step": step, "weights": tree, "checksum": reader.checksum(step)}
+    return reader, step, f"{'ema' if wanted.weights == 'ema' and kept else 'params'}/{theirs}"
+
+
+def _read_pretrained(program: Program, source: Source, part: str) -> tuple[Any, dict[str, Any]]:
+    """The weights of a source's part, streamed into this run's layout, and what names them."""
+    target = merge(program.shapes.params, program.shapes.frozen)[part]
+    reader, step, tree = _origin(source)
+    step, weights = reader.restore(target, step, part=tree, cast=True)
+    kind = tree.partition("/")[0]
+    origin = {"source": str(source.directory), "step": step, "weights": kind, "checksum": reader.checksum(step)}
     return weights, origin
 
 

@@ -31,12 +31,14 @@ class Logging:
 
 
 def read(directory: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a line cut off by a kill is left out."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError), open(Path(directory) / FILE, encoding="utf-8") as file:
-        for line in file:
+    """The lines of a run's `metrics.jsonl`; one that is cut off or damaged is left out."""
+    lines, path = [], Path(directory) / FILE
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
     return lines
 
 

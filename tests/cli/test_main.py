@@ -1,5 +1,6 @@
 """The command line's manners: what it prints, what it exits with, and what it does not import."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def test_users_mistake_is_one_line(verb, capsys):
     assert cli.main(["train"]) == 2
     printed = capsys.readouterr()
     assert printed.err == "jaxgen: the sky is green, which should be blue\n" and printed.out == ""
+
+
+def test_full_disk_is_one_line(verb, capsys):
+    verb(fail_with(OSError(errno.ENOSPC, "No space left on device")))
+    assert cli.main(["train"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("jaxgen: No space left on device; what was saved before is whole")
+    assert printed.count("\n") == 1
 
 
 def test_interrupt_is_one_line(verb, capsys):

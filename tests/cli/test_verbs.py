@@ -283,3 +283,9 @@ def test_chips_of_nonsense():
 def test_numbers():
     assert [number(n) for n in (0, 12, 1234, 124_439_808, 8.03e9)] == ["0", "12", "1.234k", "124.4M", "8.03G"]
     assert [size(n) for n in (0, 1023, 1536, 3 << 30, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "3 GiB", "5 TiB"]
+
+
+def test_a_record_of_something_else(tmp_path, capsys):
+    record.store(tmp_path, Pretrained("runs/x"))
+    assert main(["sample", str(tmp_path)]) == 2
+    assert "experiment.json is damaged: it holds a Pretrained, no Experiment" in capsys.readouterr().err

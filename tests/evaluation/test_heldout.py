@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgen.data.base import Prepared
+from jaxgen.errors import UserError
 from jaxgen.evaluation.base import Setting
 from jaxgen.evaluation.heldout import HeldOut
 from jaxgen.evaluation.preview import TextPreview
@@ -116,3 +117,12 @@ def test_preview():
     parts = report.texts["preview"].split("\n\n")
     assert [p.splitlines()[0] for p in parts] == ["=== ''", "=== 'abc'", f"=== {'s' * 60!r}"]
     assert parts[1].splitlines()[1].startswith("abc") and len(parts[1].splitlines()[1]) <= 8
+
+
+def test_nothing_held_out():
+    class Empty(Examples):
+        def heldout(self):
+            return grain.MapDataset.source([])
+
+    with pytest.raises(UserError, match="'heldout' has nothing to measure"):
+        HeldOut().build(setting(data=Empty()))

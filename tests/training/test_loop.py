@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jaxgen.evaluation.heldout import HeldOut
 from jaxgen.evaluation.preview import TextPreview
 from jaxgen.experiment import Experiment, train
 from jaxgen.models.gpt import GPT
+from jaxgen.pretrained import Pretrained
 from jaxgen.sharding import Mesh
 from jaxgen.tasks.language import LanguageModel
 from jaxgen.training.checkpoint import Checkpointing, Checkpoints
@@ -163,6 +166,31 @@ def test_unwritable_directory(experiment, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write the run directory"):
         train(experiment, tmp_path / "file" / "run")
+
+
+def test_one_process_at_a_time(experiment, copy):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held'); input()"
+    command = [sys.executable, "-u", "-c", hold, str(copy / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="Another process is training in"):
+            train(experiment, copy)
+        other.communicate("\n")
+    assert train(experiment, copy).step == experiment.steps
+
+
+def test_a_source_without_the_step_leaves_no_run(experiment, done, tmp_path):
+    tuned = dataclasses.replace(experiment, task=Breaking(Pretrained(str(done.directory), step="99")))
+    with pytest.raises(UserError, match="There is no step 99"):
+        train(tuned, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_metrics(experiment, copy):
+    with open(copy / "metrics.jsonl", "ab") as file:
+        file.write(b'5\n{}\n\xff\xfe\n{"step": 12, "train/lo')
+    train(dataclasses.replace(experiment, steps=13), copy)
+    assert [n["step"] for n in lines(copy) if "train/loss" in n] == list(range(1, 14))
 
 
 def test_nothing_to_resume(experiment, tmp_path):
