@@ -114,7 +114,7 @@ def explained(directory: Path) -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left in the cache {directory.parent}; "
                             "free some, or name another place with JAXGEN_CACHE") from e
-        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST) and (
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT) and (
                 e.filename is None or str(directory.parent) in str(e.filename) or str(e.filename) in str(directory)):
             raise UserError(f"cannot write to the cache {directory.parent} ({e.strerror}); "
                             "name another place with JAXGEN_CACHE") from e

@@ -133,7 +133,7 @@ def write_plan(directory: Path, ends: Int[np.ndarray, " documents"], length: int
 
 
 def _cut(ends: Int[np.ndarray, " documents"], length: int) -> tuple[np.ndarray, np.ndarray]:
-    begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    begins = np.concatenate([[0], ends])[:-1].astype(np.int64)
     pieces = -(-(ends - begins) // length)
     number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
     starts = np.repeat(begins, pieces) + number * length

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxgen.data import Bytes, Characters, Mixture, SentencePiece, Text
-from jaxgen.data.packing import best_fit
+from jaxgen.data.packing import best_fit, write_plan
 from jaxgen.data.text import Interleave, proportions
 from jaxgen.errors import UserError
 
@@ -148,6 +148,11 @@ def test_best_fit():
         assert filled.max() <= capacity and filled.min() > 0
         assert len(filled) <= 11 / 9 * np.ceil(lengths.sum() / capacity) + 20
     assert best_fit(np.array([3, 5, 5, 2, 3, 2]), 5).tolist() == [2, 0, 1, 3, 3, 2]
+
+
+def test_a_plan_of_no_documents(tmp_path):
+    write_plan(tmp_path, np.zeros(0, np.int64), 8)
+    assert np.load(tmp_path / "bins.npy").tolist() == [0]
 
 
 def test_python_documentation(cache):
