@@ -47,5 +47,5 @@ smoke = dataclasses.replace(
     steps=2000,
     evaluations=(HeldOut(batch_size=96), TextPreview(tokens=48)),
     checkpoint=Checkpointing(every=1000),
-    target=Target("eval/heldout/loss", at_most=2.2),
+    target=Target("eval/heldout/loss", at_most=1.95),
 )
