@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
         experiment, run_dir=arguments.run_dir, resume=arguments.resume, profile=arguments.profile,
         trust=(*arguments.trust, arguments.file),
     )
-    if getattr(result, "preempted", False):
+    if result.preempted:
         print("jaxgen: preempted, and saved; the same command goes on", file=sys.stderr)
         return PREEMPTED
     return DONE

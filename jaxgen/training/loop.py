@@ -151,12 +151,11 @@ def _train(
 
             at_end = step == experiment.steps
             preempted = step % collect == 0 and (asked.is_set() or reached_preemption(step))
-            due = [m for e, m in measures if at_end or (e.every and step % e.every == 0)]
+            due = [(e, m) for e, m in measures if at_end or (e.every and step % e.every == 0)]
             found = {}
             if due and not preempted:
                 with meter.paused():
-                    named = zip([e for e, m in measures if m in due], due, strict=True)
-                    found = _evaluate(named, program, state, step, directory, writer)
+                    found = _evaluate(due, program, state, step, directory, writer)
                     if not at_end:
                         _tell(console, step, found)
             if meter.diverged or at_end or preempted or _due(step, experiment.checkpoint.every, collect):
@@ -468,7 +467,7 @@ def _greet(console: metering.Console, directory: Path, experiment: Experiment, p
         console.say(f"{name}: {note}")
     if data.facts:
         console.say("data: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                                         for k, v in data.facts.items()))
+                                         for k, v in data.facts.items() if isinstance(v, str | int | float)))
 
 
 def _conclude(console: metering.Console, result: Result, data: Any, experiment: Experiment) -> None:

@@ -53,7 +53,8 @@ def main() -> None:
             equal = losses(place / name) == wanted
             same += equal
             told = [line for line in said.splitlines() if "resumed" in line or "finished" in line] or ["from the start"]
-            print(f"{i + 1}: killed {later:.2f} s after step {step}, {told[0]}: {'equal' if equal else 'DIFFERENT'}", flush=True)
+            verdict = "equal" if equal else "DIFFERENT"
+            print(f"{i + 1}: killed {later:.2f} s after step {step}, {told[0]}: {verdict}", flush=True)
     print(f"{same} of {arguments.runs} equal")
     sys.exit(same != arguments.runs)
 
