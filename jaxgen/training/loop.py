@@ -135,7 +135,7 @@ def _train(
         while step < experiment.steps:
             if profile and step - begin == PROFILED[0]:
                 jax.profiler.start_trace(str(directory / "profile"))
-            number, data_batch = next(batches)
+            _, data_batch = next(batches)
             if step % collect == 0 or step == begin:  # saved off a boundary: a run that now takes more steps
                 key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
                 batch = experiment.task.collect(state, data_batch, key)
@@ -396,7 +396,7 @@ class _Meter:
         metrics = jax.device_get(metrics)
         self._steps += 1
         if self._first:  # the first step has the compilation in it
-            self._restart(False)
+            self._restart()
         self.diverged = bool(metrics["skipped_in_a_row"] >= self._max_skipped)
         if step % self._every == 0 or self.diverged:
             self._write(step, {k: float(v) for k, v in metrics.items()})
@@ -420,10 +420,10 @@ class _Meter:
         if self._writer is not None:
             self._writer.write(step, numbers)
         self._console.update(step, values, rate, mfu)
-        self._restart(False)
+        self._restart()
 
-    def _restart(self, first: bool) -> None:
-        self._first, self._steps, self._time, self._waited = first, 0, time.perf_counter(), self._loader.wait_seconds
+    def _restart(self) -> None:
+        self._first, self._steps, self._time, self._waited = False, 0, time.perf_counter(), self._loader.wait_seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -96,7 +96,7 @@ class Console:
     def __init__(self, steps: int, unit: str, shown: bool = True):
         self._steps, self._unit, self._shown = steps, unit, shown
         self._progress: Any = None
-        self._printed = 0.0
+        self._printed = self._seconds = 0.0
         if shown and sys.stderr.isatty():
             from rich.console import Console as Rich
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -145,8 +145,6 @@ class Console:
     def pace(self, seconds: float) -> None:
         """Seconds a step, for the time left."""
         self._seconds = seconds
-
-    _seconds = 0.0
 
     def _left(self, step: int) -> str:
         seconds = int(self._seconds * (self._steps - step))
