@@ -123,7 +123,7 @@ def _keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-8, 1)  # M_ARENA_MAX: one heap, which can grow without end
         mallopt(-4, 0)  # M_MMAP_MAX: nothing outside of it
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and none of it given back
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: and none of it given back
 
 
 def _jax_version() -> tuple[int, ...]:
