@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from jaxgen.sharding import Sharding
@@ -26,11 +27,13 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What an evaluation found: numbers by name, and texts to keep."""
+    """What an evaluation found: numbers by name, and texts and pictures to keep."""
 
     metrics: dict[str, float]
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
     """Written to samples/STEP-NAME.txt in the run directory."""
+    images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """uint8 (H, W, 3), written to samples/STEP-NAME.png."""
 
 
 Measure = Callable[[dict[str, Any], Any, int], Report]
