@@ -8,12 +8,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+import jax
 
 from jaxgen import files, record, runtime
 from jaxgen.data.base import Data
@@ -245,27 +246,10 @@ def _smoke_run(file: Path, trust: tuple[str | Path, ...], weights: bool) -> Path
     digest = hashlib.sha256(json.dumps(record.to_record(smoke), sort_keys=True).encode()).hexdigest()[:16]
     directory = runtime.cache_dir() / "pretrained" / f"{smoke.name}-{digest}"
     if weights and not (directory / "done").exists():
-        with _locked(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        alone = jax.process_count() == 1   # the processes of one run enter together
+        with files.locked(directory.with_name(f"{directory.name}.lock")) if alone else contextlib.nullcontext():
             if not (directory / "done").exists():
                 train(smoke, run_dir=directory, trust=(*trust, file))
                 (directory / "done").touch()
     return directory
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds back other processes that would train into the same directory; those of one run enter together."""
-    import jax
-
-    if jax.process_count() > 1:
-        yield
-        return
-    import fcntl
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory.with_name(f"{directory.name}.lock"), os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -1,12 +1,19 @@
-"""Python files loaded by path: experiment files, and the files that a person trusts to hold classes of a record."""
+"""Files: written whole, held by one process, and Python files loaded by path.
 
+Those are experiment files, and the files that a person trusts to hold classes of a record.
+"""
+
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 import sys
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import IO
 
 from jaxgen.errors import UserError, nearest
 
@@ -19,6 +26,53 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def write_whole(path: str | Path, content: str | bytes, sync: bool = False) -> None:
+    """Writes a file whole or not at all: under a hidden name beside it, which is then renamed.
+
+    With `sync` its content is on the disk before the rename, so that not even a power cut leaves it empty.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, wait: bool = True) -> Iterator[bool]:
+    """Holds an advisory lock on the file at `path`, which is made and stays; the lock ends with the process.
+
+    Gives False where the system or the file system has no locks. With `wait`, waits until nobody else holds it, another
+    thread of this process included. Without, raises BlockingIOError where another process does, and forked children do
+    not inherit it.
+    """
+    with open(path, "a") as file:
+        yield _lock(file, wait)
+
+
+def _lock(file: IO, wait: bool) -> bool:
+    try:
+        import fcntl
+
+        if wait:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:   # flock would be handed on to children, which may outlive this process
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if not wait and isinstance(error, BlockingIOError | PermissionError):   # POSIX leaves open which of the two
+            raise BlockingIOError(f"another process holds {file.name}") from None
+        return False
+    return True
 
 
 def existing(path: str | Path) -> Path:

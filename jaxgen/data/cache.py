@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgen.errors import UserError
+from jaxgen.files import locked
 
 _WHOLE = "whole.json"  # file name -> size; written last
 
@@ -51,11 +52,11 @@ def build(directory: Path, make: Callable[[Path], None]) -> Path:
         return directory
     with explained(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(directory) as locked:
+        with locked(directory.with_name(directory.name + ".lock")) as alone:
             if is_whole(directory):
                 return directory
             host = socket.gethostname()
-            if locked:  # whoever wrote these is dead, or it would hold the lock
+            if alone:  # whoever wrote these is dead, or it would hold the lock
                 for stale in directory.parent.glob(f"{directory.name}.tmp-{host}-*"):
                     shutil.rmtree(stale, ignore_errors=True)
             temporary = directory.with_name(f"{directory.name}.tmp-{host}-{uuid.uuid4().hex[:8]}")
@@ -89,20 +90,6 @@ def _publish(temporary: Path, directory: Path) -> None:
             return
         shutil.rmtree(directory, ignore_errors=True)
     raise UserError(f"the cache entry {directory} is damaged and cannot be replaced; delete it")
-
-
-@contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[bool]:
-    """Holds an advisory lock that dies with the process; False where the file system has none."""
-    with directory.with_name(directory.name + ".lock").open("a") as f:
-        try:
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            yield False
-            return
-        yield True
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxgen import record
+from jaxgen import files, record
 from jaxgen.data.loader import Loader
 from jaxgen.errors import UserError
 from jaxgen.evaluation.base import Setting
@@ -208,7 +208,7 @@ def _enter(
     if jax.process_index() == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_alone(directory))
+            _hold(directory, held)
             if data.tokenizer is not None:
                 data.tokenizer.save(directory / "tokenizer")
             _note(directory, data=data.fingerprint, facts=data.facts, **_versions())
@@ -219,21 +219,14 @@ def _enter(
     return changes
 
 
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Holds the run directory while this process lives: of two at once, each would set aside what the other saves."""
-    with open(directory / "lock", "a") as file:
-        try:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not handed on to child processes
-        except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"Another process is training in {directory}; wait until it ends, or give another --run-dir."
-            ) from None
-        except (ImportError, OSError):  # a system without locks
-            pass
-        yield
+def _hold(directory: Path, held: contextlib.ExitStack) -> None:
+    """Keeps others out of the run directory: of two at once, each would set aside what the other saves."""
+    try:
+        held.enter_context(files.locked(directory / "lock", wait=False))
+    except BlockingIOError:
+        raise UserError(
+            f"Another process is training in {directory}; wait until it ends, or give another --run-dir."
+        ) from None
 
 
 def _versions() -> dict[str, Any]:
