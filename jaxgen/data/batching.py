@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,15 @@ import numpy as np
 
 if TYPE_CHECKING:
     import grain
+
+_skipped: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("skipped", default=None)
+
+
+def skipped(name: str, reason: str) -> None:
+    """Tells of an example that could not be read and was left out or replaced; called by reading code."""
+    collected = _skipped.get()
+    if collected is not None:
+        collected[name] = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +37,18 @@ class Rows:
     batch_size: int
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
+        return self.read(step)[0]
+
+    def read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """The rows, and the reason by name of all that was skipped while they were read (see `skipped`)."""
         first, size = step * self.batch_size, len(self.dataset)
-        examples = [self.dataset[first + row] for row in self.rows if first + row < size]
-        like = examples[0] if examples else self.dataset[0]
+        token = _skipped.set({})
+        try:
+            examples = [self.dataset[first + row] for row in self.rows if first + row < size]
+            like = examples[0] if examples else self.dataset[0]
+            told = _skipped.get()
+        finally:
+            _skipped.reset(token)
         missing = len(self.rows) - len(examples)
         blank = {name: np.zeros_like(value) for name, value in like.items()}
-        return {name: np.stack([e[name] for e in examples + [blank] * missing]) for name in like}
+        return {name: np.stack([e[name] for e in examples + [blank] * missing]) for name in like}, told
