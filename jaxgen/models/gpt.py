@@ -1,6 +1,5 @@
 """GPT: a decoder-only transformer, from GPT-2's form to today's, by fields."""
 
-import functools
 import math
 from typing import Literal
 
@@ -14,38 +13,11 @@ from jaxgen.errors import UserError
 from jaxgen.nn.attention import Attention, Mask
 from jaxgen.nn.dropout import dropout
 from jaxgen.nn.dtypes import DType, resolve
-from jaxgen.nn.feedforward import Activation, FeedForward, is_gated
+from jaxgen.nn.feedforward import Activation, FeedForward
 from jaxgen.nn.kernels import Kernel
 from jaxgen.nn.linear import Embedding, Linear, Norm
 from jaxgen.nn.rope import Rope
-
-Cache = tuple[Float[Array, "N B S K D"], Float[Array, "N B S K D"]]
-"""Keys and values of every layer: N layers, B sequences, S slots, K heads of size D."""
-
-Remat = Literal["none", "full", "dots"]
-"""What the backward pass finds saved: everything, only each block's input, or that and the matrix products."""
-
-_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm; Radford et al. 2019)."""
-
-    attention: Attention
-    mlp: FeedForward
-    norm: Norm
-    window: int = 0
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, x, segments, positions, write=None, cache=None, key=None):
-        """(B, L, E) to the same, and the layer's cache; `write` holds its slots, `key` turns dropout on."""
-        mask = Mask("causal", self.window, query_segments=segments, query_positions=write)
-        keys = (None, None) if key is None else jax.random.split(key)
-        h, cache = self.attention(self.norm.copy(name="attention_norm")(x), mask, positions, cache)
-        x = x + dropout(h, self.dropout, keys[0])
-        x = x + dropout(self.mlp(self.norm.copy(name="mlp_norm")(x)), self.dropout, keys[1])
-        return sharding.constrain(x, "batch", "length", None), cache
+from jaxgen.nn.transformer import Block, Cache, Remat, hidden_width, init_stack, run_stack
 
 
 class GPT(nn.Module):
@@ -117,23 +89,22 @@ class GPT(nn.Module):
 
     @property
     def hidden_width(self) -> int:
-        if self.mlp_width:
-            return self.mlp_width
-        return -(-self.width * 8 // 3 // 64) * 64 if is_gated(self.activation) else 4 * self.width
+        return self.mlp_width or hidden_width(self.width, self.activation)
 
-    def block(self, window: int = 0, kernel: Kernel | None = None) -> Block:
-        """The block of a layer with this window, as a module of its own."""
+    @property
+    def block(self) -> Block:
+        """A block, as a module of its own."""
         out_std = 0.02 / math.sqrt(2 * self.depth)  # GPT-2's scaling of what adds to the residual stream
         kv_heads = self.kv_heads or self.heads
         rope = self.rope if self.positions == "rope" else None
         return Block(
             Attention(
-                self.heads, kv_heads, self.key_dim, self.bias, self.qk_norm, rope, self.attention_cap,
-                kernel or self.kernel, out_std=out_std, norm_epsilon=self.norm_epsilon, dtype=self.dtype, parent=None,
+                self.heads, kv_heads, self.key_dim, self.bias, self.qk_norm, rope, self.attention_cap, self.kernel,
+                out_std=out_std, norm_epsilon=self.norm_epsilon, dtype=self.dtype, parent=None,
             ),
             FeedForward(self.hidden_width, self.activation, self.bias, out_std=out_std, dtype=self.dtype, parent=None),
             Norm(self.norm, self.bias, self.norm_epsilon, self.dtype, parent=None),
-            window, self.dropout, parent=None,
+            self.dropout, parent=None,
         )  # fmt: skip
 
     def setup(self):
@@ -144,15 +115,7 @@ class GPT(nn.Module):
         self.final_norm = Norm(self.norm, self.bias, self.norm_epsilon, self.dtype)
         if not self.tied:
             self.head = Linear((self.vocab_size,), (("embed",), ("vocab",)), bias=False, dtype=self.dtype)
-        self.blocks = self.param("blocks", self._init_blocks)
-
-    def _init_blocks(self, key: jax.Array):
-        x = jnp.zeros((1, 1, self.width))
-        at = jnp.zeros((1, 1), jnp.int32)
-        block = self.block(kernel="xla")
-        layers = jax.vmap(lambda k: block.init(k, x, None, at)["params"])(jax.random.split(key, self.depth))
-        stack = lambda box: box.replace(names=("layers", *box.names))  # noqa: E731
-        return jax.tree.map(stack, layers, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+        self.blocks = self.param("blocks", lambda key: init_stack(self.block, self.depth, self.width, key))
 
     def __call__(self, tokens: Int[Array, "B L"], **options) -> Float[Array, "B L V"]:
         """Logits of the next token at every position; options as of `hidden`."""
@@ -186,39 +149,9 @@ class GPT(nn.Module):
             key, *keys = jax.random.split(key, self.depth + 1)
             x, keys = dropout(x, self.dropout, key), jnp.stack(keys)
 
-        period = len(self.windows)
-        blocks = [self._apply(window, segments, positions, write) for window in self.windows]
-        layers = (self.blocks, cache, keys)
-        if self.scan:
-            grouped = jax.tree.map(lambda a: a.reshape(self.depth // period, period, *a.shape[1:]), layers)
-
-            def body(x, group):
-                kept = []
-                for block, layer in zip(blocks, _unstack(group, period), strict=True):
-                    x, c = block(x, *layer)
-                    kept.append(c)
-                return x, jax.tree.map(lambda *c: jnp.stack(c), *kept)
-
-            x, cache = jax.lax.scan(body, x, grouped)
-            cache = jax.tree.map(lambda a: a.reshape(self.depth, *a.shape[2:]), cache)
-        else:
-            kept = []
-            for i, layer in enumerate(_unstack(layers, self.depth)):
-                x, c = blocks[i % period](x, *layer)
-                kept.append(c)
-            cache = jax.tree.map(lambda *c: jnp.stack(c), *kept)
+        masks = [Mask("causal", window, query_segments=segments, query_positions=write) for window in self.windows]
+        x, cache = run_stack(self.block, self.blocks, x, masks, positions, cache, keys, self.scan, self.remat)
         return self.final_norm(x), cache
-
-    def _apply(self, window: int, segments, positions, write):
-        """One block as a function of (x, its parameters, its cache, its dropout key), rematerialised by policy."""
-        module = self.block(window)
-
-        def run(x, params, cache, key):
-            return module.apply({"params": params}, x, segments, positions, write, cache, key)
-
-        if self.remat == "none" or write is not None:
-            return run
-        return functools.partial(jax.checkpoint, policy=_POLICIES[self.remat], prevent_cse=not self.scan)(run)
 
     def logits(self, hidden: Float[Array, "B L E"]) -> Float[Array, "B L V"]:
         """Logits of the next token from the normed residual stream."""
@@ -240,16 +173,5 @@ class GPT(nn.Module):
         Matrix products alone, 2 per multiply-add, with every query meeting every key of its window (the convention of
         Chowdhery et al. 2022, appendix B, which does not halve for causality). Training takes three times as many.
         """
-        kv_heads = self.kv_heads or self.heads
-        projections = self.width * self.key_dim * (2 * self.heads + 2 * kv_heads)
-        mlp = self.width * self.hidden_width * (3 if is_gated(self.activation) else 2)
         seen = sum(min(w or length, length) for w in self.windows) / len(self.windows)
-        attention = 2 * self.heads * self.key_dim * seen
-        return 2.0 * (self.depth * (projections + mlp + attention) + self.width * self.vocab_size)
-
-
-def _unstack(tree, size: int) -> list:
-    """Slices along the leading axis. By one split, whose gradient is one concatenation."""
-    leaves, structure = jax.tree.flatten(tree)
-    parts = [jax.lax.split(a, (1,) * size) for a in leaves]
-    return [structure.unflatten([p[i][0] for p in parts]) for i in range(size)]
+        return self.depth * self.block.flops_per_token(self.width, seen) + 2.0 * self.width * self.vocab_size

@@ -14,7 +14,7 @@ from jaxgen.nn import kernels
 from jaxgen.nn.dtypes import DType
 from jaxgen.nn.kernels import Kernel
 from jaxgen.nn.linear import Linear, Norm
-from jaxgen.nn.rope import Rope
+from jaxgen.nn.rope import Rope, Rope2D
 
 
 @functools.partial(
@@ -92,7 +92,7 @@ class Attention(nn.Module):
     head_dim: int
     bias: bool = False
     qk_norm: bool = False
-    rope: Rope | None = None
+    rope: Rope | Rope2D | None = None
     cap: float = 0.0
     kernel: Kernel = "auto"
     init_std: float = 0.02
@@ -105,10 +105,11 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B L E"],
         mask: Mask,
-        positions: Int[Array, "B L"],
+        positions: Int[Array, "#B L *axes"] | None = None,
         cache: tuple[Float[Array, "B S K D"], Float[Array, "B S K D"]] | None = None,
     ) -> tuple[Float[Array, "B L E"], tuple[Float[Array, "B S K D"], Float[Array, "B S K D"]] | None]:
-        """Attend from x to itself, or to the cache after x was written there at `mask.query_positions`."""
+        """Attend from x to itself, or to the cache after x was written there at `mask.query_positions`. Rotary
+        `positions` are (B, L), or (B, L, 2) for rows and columns."""
 
         def project(name: str, heads: int, axis: str):
             axes = (("embed",), (axis, "head_dim"))

@@ -10,11 +10,12 @@ from jaxgen import sharding
 from jaxgen.nn.dtypes import DType
 from jaxgen.nn.linear import Linear
 
-Activation = Literal["gelu", "gelu_exact", "relu", "silu", "geglu", "swiglu"]
+Activation = Literal["gelu", "gelu_exact", "quick_gelu", "relu", "silu", "geglu", "swiglu"]
 
 _FUNCTIONS = {
     "gelu": jax.nn.gelu,
     "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "geglu": jax.nn.gelu,

@@ -35,9 +35,24 @@ class Rope:
             return keep * freq + (1 - keep) * freq / self.factor
         return freq
 
-    def __call__(self, x: Float[Array, "B L H D"], positions: Int[Array, "B L"]) -> Float[Array, "B L H D"]:
+    def __call__(self, x: Float[Array, "B L H D"], positions: Int[Array, "#B L"]) -> Float[Array, "B L H D"]:
         """Turn each head's features by their position's angles."""
         angle = positions[..., None, None].astype(jnp.float32) * self.frequencies(x.shape[-1])
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope2D:
+    """Rotary embedding of rows and columns (axial; Heo et al. 2024): half of a head's features turn by the row, half
+    by the column."""
+
+    theta: float = 100.0
+    """Base of the wavelengths; small, for there are few rows and columns."""
+
+    def __call__(self, x: Float[Array, "B L H D"], positions: Int[Array, "#B L 2"]) -> Float[Array, "B L H D"]:
+        """Turn each head's features by their (row, column)'s angles."""
+        rope = Rope(self.theta)
+        parts = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([rope(part, positions[..., i]) for i, part in enumerate(parts)], axis=-1)
