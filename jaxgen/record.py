@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -196,11 +195,9 @@ def store(directory: str | Path, experiment: Any, pretrained: Mapping[str, Any] 
     pretrained = {k: v if _is_data(v) else to_record(v) for k, v in (pretrained or {}).items()}
     content = {"format": 1, "experiment": to_record(experiment), "pretrained": pretrained}
     file = Path(directory) / FILE
-    partial = file.with_name(f".{FILE}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(file)
+        files.write_whole(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from None
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from jaxgen.data import cache as caching
 from jaxgen.data.base import Progress
 from jaxgen.errors import UserError, nearest
+from jaxgen.files import write_whole
 
 PIECE = 1 << 20  # bytes: a plain text file longer than this comes in several pieces
 
@@ -303,9 +304,7 @@ def content_hashes(paths: list[str], cache: Path, progress: Progress | None = No
     if remembered != memo and remembered:
         with caching.explained(memo_file):
             memo_file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = memo_file.with_suffix(f".tmp-{os.getpid()}")
-            temporary.write_text(json.dumps(remembered))
-            temporary.replace(memo_file)
+            write_whole(memo_file, json.dumps(remembered))
     return hashes
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import platform as host
 import signal
 import sys
@@ -251,9 +250,8 @@ def _notes(directory: Path) -> dict[str, Any]:
 
 def _note(directory: Path, **facts: Any) -> None:
     """Adds facts to `run.json`, whole or not at all."""
-    new = directory / "run.json.tmp"
-    new.write_text(json.dumps(_notes(directory) | facts, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(new, directory / "run.json")
+    notes = json.dumps(_notes(directory) | facts, indent=1, default=str)
+    files.write_whole(directory / "run.json", notes + "\n")
 
 
 # ---- the state ----

@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from jaxgen.files import write_whole
+
 NAME = "manifest.json"
 _BLOCK = 16 << 20   # bytes read at a time
 
@@ -53,12 +55,7 @@ def write(folder: epath.Path, step: int, metrics: dict, leaves: dict) -> Manifes
     if "://" in os.fspath(path):   # object stores: a file appears whole when it is closed
         path.write_text(manifest.text())
         return manifest
-    new = folder / ("." + NAME)
-    with open(new, "w") as file:
-        file.write(manifest.text())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    write_whole(path, manifest.text(), sync=True)
     return manifest
 
 

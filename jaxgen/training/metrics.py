@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgen import files
 from jaxgen.errors import UserError
 
 FILE = "metrics.jsonl"  # of a run directory
@@ -56,9 +56,7 @@ class Writer:
     def __init__(self, directory: Path, start: int, tensorboard: bool = True):
         path = directory / FILE
         kept = [line for line in read(directory) if line["step"] <= start]
-        new = path.with_suffix(".tmp")
-        new.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(new, path)
+        files.write_whole(path, "".join(map(_line, kept)))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._events = None
         if tensorboard:
