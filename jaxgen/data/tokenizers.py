@@ -180,6 +180,69 @@ class CharacterTokenizer(Tokenizer):
         return cls(json.loads((directory / "characters.json").read_text()))
 
 
+# --- words ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(TokenizerConfig):
+    """The most frequent words and signs of the training text: for captions of a small language.
+
+    Attributes:
+      vocab_size: number of ids, with 0 for every other word and 1 for the end of a document.
+    """
+
+    vocab_size: int = 128
+
+    def __post_init__(self):
+        if self.vocab_size < 3:
+            raise UserError(f"tokenizer.vocab_size is {self.vocab_size}; words need at least 3")
+
+    @property
+    def trained(self) -> bool:
+        return True
+
+    def fit(self, texts: Iterable[str]) -> WordTokenizer:
+        counts = collections.Counter(word for text in texts for word in _WORD.findall(text))
+        common = sorted(counts, key=lambda word: (-counts[word], word))[: self.vocab_size - 2]
+        return WordTokenizer(tuple(sorted(common)))
+
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclasses.dataclass(frozen=True)
+class WordTokenizer(Tokenizer):
+    """Decodes with one space between words, and none before the signs that end a phrase."""
+
+    words: tuple[str, ...]  # word k has the id k + 2
+    kind: ClassVar[str] = "words"
+    eos: ClassVar[int] = 1
+    unknown: ClassVar[int] = 0
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.words) + 2
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words, 2)}
+
+    def encode(self, text: str) -> Int[np.ndarray, " N"]:
+        return np.asarray([self._ids.get(word, 0) for word in _WORD.findall(text)], np.int32)
+
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " N"]) -> str:
+        known = ["\ufffd", "", *self.words]
+        words = [known[i] if 0 <= i < len(known) else "\ufffd" for i in np.asarray(ids).tolist()]
+        return re.sub(r" ([.,;:!?])", r"\1", " ".join(word for word in words if word))
+
+    def files(self) -> dict[str, bytes]:
+        return {"words.json": json.dumps(self.words).encode()}
+
+    @classmethod
+    def from_files(cls, directory: Path) -> WordTokenizer:
+        return cls(tuple(json.loads((directory / "words.json").read_text())))
+
+
 # --- SentencePiece -------------------------------------------------------------------------------------------------
 
 
@@ -342,7 +405,7 @@ def sample(items: Iterable[str], size: int) -> list[str]:
 
 # --- directories ---------------------------------------------------------------------------------------------------
 
-KINDS: tuple[type[Tokenizer], ...] = (ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer)
+KINDS: tuple[type[Tokenizer], ...] = (ByteTokenizer, CharacterTokenizer, WordTokenizer, SentencePieceTokenizer)
 
 
 def load(directory: str | Path, kinds: Sequence[type[Tokenizer]] = KINDS) -> Tokenizer:
