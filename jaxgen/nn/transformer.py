@@ -46,7 +46,7 @@ class Block(nn.Module):
         x = x + dropout(self.mlp(self.norm.copy(name="mlp_norm")(x)), self.dropout, keys[1])
         return sharding.constrain(x, "batch", "length", None), cache
 
-    def flops_per_token(self, width: int, seen: float) -> float:
+    def flops_per_token(self, width: int, seen: int | float) -> float:
         """Operations of the forward pass for one token of size `width` that meets `seen` keys: matrix products alone,
         2 per multiply-add."""
         attention, mlp = self.attention, self.mlp
