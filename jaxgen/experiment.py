@@ -181,8 +181,7 @@ def train(
     from jaxgen.training import loop
 
     resolved, sources = resolve(experiment, trust, directory)
-    more = {"pretrained": sources} if sources else {}
-    return loop.train(resolved, run_dir=directory, resume=resume, profile=profile, **more)
+    return loop.train(resolved, run_dir=directory, profile=profile, pretrained=sources)
 
 
 def find(tree: Any, path: str = "") -> Iterator[tuple[str, Pretrained]]:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxgen import files, record
+from jaxgen.data.base import Prepared
 from jaxgen.data.loader import Loader
 from jaxgen.errors import UserError
-from jaxgen.evaluation.base import Setting
+from jaxgen.evaluation.base import Evaluation, Measure, Setting
 from jaxgen.sharding import Sharding
 from jaxgen.training import metrics as metering
 from jaxgen.training.checkpoint import Checkpoints, reached_preemption
@@ -64,11 +66,7 @@ def program_of(experiment: Experiment, devices: Any = None) -> Program:
 
 
 def train(
-    experiment: Experiment,
-    run_dir: str | Path,
-    resume: bool = False,
-    profile: bool = False,
-    pretrained: Sequence[Source] = (),
+    experiment: Experiment, run_dir: str | Path, profile: bool = False, pretrained: Sequence[Source] = ()
 ) -> Result:
     """Trains an experiment in a run directory, or goes on with the run that it holds.
 
@@ -76,18 +74,42 @@ def train(
     not finite.
     """
     with contextlib.ExitStack() as held:
-        return _train(experiment, Path(run_dir), resume, profile, pretrained, held)
+        run = _prepare(experiment, Path(run_dir), pretrained, held)
+        missed, preempted = _missed(run), False
+        if run.step >= experiment.steps and not missed:
+            run.console.say(f"{run.directory} is finished: it has its {experiment.steps} steps")
+        else:
+            _greet(run)
+            preempted = _steps(run, missed, profile)
+            if not preempted:
+                _conclude(run)
+        found = metering.last(run.directory) if run.lead else {}
+        return Result(run.directory, run.step, found, run.state, preempted)
 
 
-def _train(
-    experiment: Experiment,
-    directory: Path,
-    resume: bool,
-    profile: bool,
-    pretrained: Sequence[Source],
-    held: contextlib.ExitStack,
-) -> Result:
-    """`train`, with the run directory in `held`."""
+@dataclasses.dataclass
+class _Run:
+    """What the steps of a run work with, and its state."""
+
+    experiment: Experiment
+    directory: Path
+    lead: bool
+    """This is the process that writes and prints."""
+    program: Program
+    console: metering.Console
+    data: Prepared
+    measures: list[tuple[Evaluation, Measure]]
+    checkpoints: Checkpoints
+    state: TrainState
+
+    @property
+    def step(self) -> int:
+        """Where the run stands; waits for the step that is under way."""
+        return int(self.state.step)
+
+
+def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Source], held: contextlib.ExitStack) -> _Run:
+    """All that comes before the first step, with the run directory in `held`."""
     lead = jax.process_index() == 0
     program = program_of(experiment)
     console = metering.Console(experiment.steps, experiment.task.units(program.spec)[0], lead)
@@ -100,8 +122,7 @@ def _train(
         for source in pretrained:
             _origin(source)  # a mistake in it leaves no run behind
 
-    changes = _enter(directory, experiment, data, pretrained, resume, held)
-    for change in changes:
+    for change in _enter(directory, experiment, data, pretrained, held):
         console.say(f"{directory} goes on with another {change}")
     checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, report=console.say)
     state = _restore(program, checkpoints)
@@ -109,16 +130,17 @@ def _train(
         state, origins = _begin(program, experiment, checkpoints, pretrained)
         if origins and lead:
             _note(directory, pretrained=origins)
-    elif lead:
+    else:
         console.say(f"resumed {directory} at step {int(state.step)}")
-    step = int(state.step)
-    if step >= experiment.steps:
-        console.say(f"{directory} is finished: it has its {experiment.steps} steps")
-        return Result(directory, step, metering.last(directory), state)
+    return _Run(experiment, directory, lead, program, console, data, measures, checkpoints, state)
 
-    _greet(console, directory, experiment, program, data)
-    writer = metering.Writer(directory, step, experiment.log.tensorboard) if lead else None
-    loader = Loader(data.train(experiment.seed), program.batch_shardings, experiment.batch_size, start=step)
+
+def _steps(run: _Run, missed: Sequence[tuple[Evaluation, Measure]], profile: bool) -> bool:
+    """Takes the run from where it stands to its end; True when it was asked to leave before, and saved."""
+    experiment, directory, program, console = run.experiment, run.directory, run.program, run.console
+    step = begin = run.step
+    writer = metering.Writer(directory, step, experiment.log.tensorboard) if run.lead else None
+    loader = Loader(run.data.train(experiment.seed), program.batch_shardings, experiment.batch_size, start=step)
     meter = _Meter(program, experiment.log.every, loader, writer, console, experiment.max_skipped)
     collect = experiment.task.collect_every
     preempted = False
@@ -129,42 +151,39 @@ def _train(
         if writer is not None:
             stack.callback(writer.close)
         console.start(step)
+        if missed:
+            _evaluate(missed, run, step, writer)
         batches = iter(loader)
-        begin = step
         while step < experiment.steps:
             if profile and step - begin == PROFILED[0]:
                 jax.profiler.start_trace(str(directory / "profile"))
             _, data_batch = next(batches)
             if step % collect == 0 or step == begin:  # saved off a boundary: a run that now takes more steps
-                key = jax.random.fold_in(jax.random.wrap_key_data(state.key), step)
-                batch = experiment.task.collect(state, data_batch, key)
+                key = jax.random.fold_in(jax.random.wrap_key_data(run.state.key), step)
+                batch = experiment.task.collect(run.state, data_batch, key)
                 if batch is not data_batch:
                     batch = jax.device_put(batch, program.collected_shardings)
-            state, metrics = program.step(state, batch)
+            run.state, metrics = program.step(run.state, batch)
             step += 1
             meter.step(step, metrics)  # reads those of the step before, while this one runs
             if profile and step - begin == PROFILED[1]:
-                jax.block_until_ready(state)
+                jax.block_until_ready(run.state)
                 jax.profiler.stop_trace()
                 console.say(f"profile of steps {begin + PROFILED[0] + 1} to {step} in {directory / 'profile'}")
 
-            at_end = step == experiment.steps
             preempted = step % collect == 0 and (asked.is_set() or reached_preemption(step))
-            due = [(e, m) for e, m in measures if at_end or (e.every and step % e.every == 0)]
-            found = {}
-            if due and not preempted:
+            due, found = _due(run, step), {}
+            if due and not preempted:  # which leaves them to the process that goes on
                 with meter.paused():
-                    found = _evaluate(due, program, state, step, directory, writer)
-                    if not at_end:
-                        _tell(console, step, found)
-            if meter.diverged or at_end or preempted or _due(step, experiment.checkpoint.every, collect):
+                    found = _evaluate(due, run, step, writer)
+            if meter.diverged or step == experiment.steps or preempted or _saves(run, step):
                 meter.flush()
                 with meter.paused():
-                    checkpoints.save(step, state.replace(frozen=None), found)
+                    run.checkpoints.save(step, run.state.replace(frozen=None), found)
             if preempted or meter.diverged:
                 break
         meter.flush()
-        checkpoints.wait()
+        run.checkpoints.wait()
 
     if meter.diverged:
         raise UserError(
@@ -172,10 +191,7 @@ def _train(
             f"parameters before them are saved as step {step} of {directory}. A lower optimizer.learning_rate, or a "
             "longer warm-up, may help."
         )
-    result = Result(directory, step, metering.last(directory) if lead else {}, state, preempted)
-    if lead and not preempted:
-        _conclude(console, result, data, experiment)
-    return result
+    return preempted
 
 
 # ---- the run directory ----
@@ -186,7 +202,6 @@ def _enter(
     experiment: Experiment,
     data: Any,
     pretrained: Sequence[Source],
-    resume: bool,
     held: contextlib.ExitStack,
 ) -> list[Any]:
     """Makes the run directory, or checks that it holds this run; the differences that it goes on with."""
@@ -202,8 +217,6 @@ def _enter(
                 f"The data of {directory} has changed since the run began: its content is not what the run was trained "
                 "on; give another --run-dir for a new run, or bring the old data back."
             )
-    elif resume:
-        raise UserError(f"There is no run in {directory} to resume.")
     if jax.process_index() == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -324,13 +337,37 @@ def weights_of(program: Program, state: TrainState, which: str = "ema") -> dict[
     return merge(program.ema.weights(state.ema) if average else state.params, state.frozen)
 
 
+def _due(run: _Run, step: int) -> list[tuple[Evaluation, Measure]]:
+    """What is to be measured after a step."""
+    last = step == run.experiment.steps
+    return [(e, measure) for e, measure in run.measures if last or (e.every and step % e.every == 0)]
+
+
+def _missed(run: _Run) -> list[tuple[Evaluation, Measure]]:
+    """What was due at the step that the run goes on from, and is not recorded: it was preempted there.
+
+    Recorded are numbers in `metrics.jsonl`, or a sample of the evaluation's name.
+    """
+    step = run.step
+    due = _due(run, step) if step else []
+    if not due:
+        return []
+    names = {name for line in metering.read(run.directory) if line["step"] == step for name in line}
+    recorded = [
+        any(name.startswith(f"eval/{e.name}/") for name in names) or _sample(run.directory, step, e.name).exists()
+        for e, _ in due
+    ]
+    recorded = multihost_utils.broadcast_one_to_all(np.array(recorded))  # all processes measure, or none
+    return [pair for pair, known in zip(due, recorded, strict=True) if not known]
+
+
 def _evaluate(
-    measures: Any, program: Program, state: TrainState, step: int, directory: Path, writer: metering.Writer | None
+    due: Sequence[tuple[Evaluation, Measure]], run: _Run, step: int, writer: metering.Writer | None
 ) -> dict[str, float]:
-    """All that is due, written; the numbers."""
-    params, found = weights_of(program, state), {}
-    for evaluation, measure in measures:
-        report = measure(params, state.state, step)
+    """Measures what is due, and writes it; the numbers."""
+    params, found = weights_of(run.program, run.state), {}
+    for evaluation, measure in due:
+        report = measure(params, run.state.state, step)
         numbers = {f"eval/{evaluation.name}/{k}": v for k, v in report.metrics.items()}
         found |= numbers
         if writer is None:
@@ -338,23 +375,25 @@ def _evaluate(
         if numbers:
             writer.write(step, numbers)
         for name, text in report.texts.items():
-            path = directory / "samples" / f"{step:08d}-{name}.txt"
+            path = _sample(run.directory, step, name)
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
             writer.text(name, step, text)
+    if found and step < run.experiment.steps:  # at the end `_conclude` tells
+        run.console.say(f"step {step}: " + ", ".join(f"{k[len('eval/') :]} {v:.4f}" for k, v in found.items()))
     return found
 
 
-def _tell(console: metering.Console, step: int, found: dict[str, float]) -> None:
-    if found:
-        console.say(f"step {step}: " + ", ".join(f"{k.removeprefix('eval/')} {v:.4f}" for k, v in found.items()))
+def _sample(directory: Path, step: int, name: str) -> Path:
+    return directory / "samples" / f"{step:08d}-{name}.txt"
 
 
 # ---- pace ----
 
 
-def _due(step: int, every: int, collect: int) -> bool:
+def _saves(run: _Run, step: int) -> bool:
     """Whether a save falls between here and the collection before: saves stand on collections' boundaries."""
+    every, collect = run.experiment.checkpoint.every, run.experiment.task.collect_every
     return step % collect == 0 and step // every > (step - collect) // every
 
 
@@ -446,30 +485,34 @@ def _sigterm() -> Iterator[threading.Event]:
 # ---- words ----
 
 
-def _greet(console: metering.Console, directory: Path, experiment: Experiment, program: Program, data: Any) -> None:
+def _greet(run: _Run) -> None:
+    experiment, program, console = run.experiment, run.program, run.console
     devices = jax.devices()
     count = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(program.params_shapes))
     mesh = {k: v for k, v in program.sharding.mesh.shape.items() if v > 1}
     console.say(f"{experiment.name}: {count / 1e6:.2f} M parameters on {len(devices)} x {devices[0].device_kind}"
-                + (f", mesh {', '.join(f'{k} {v}' for k, v in mesh.items())}" if mesh else "") + f", in {directory}")
+                + (f", mesh {', '.join(f'{k} {v}' for k, v in mesh.items())}" if mesh else "")
+                + f", in {run.directory}")
     with program.sharding.use():
         notes = experiment.task.notes(program.spec)
     for name, note in notes.items():
         console.say(f"{name}: {note}")
-    if data.facts:
+    if run.data.facts:
         console.say("data: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                                         for k, v in data.facts.items() if isinstance(v, str | int | float)))
+                                         for k, v in run.data.facts.items() if isinstance(v, str | int | float)))
 
 
-def _conclude(console: metering.Console, result: Result, data: Any, experiment: Experiment) -> None:
+def _conclude(run: _Run) -> None:
     """The end of a run: what was measured, a sample, and where all is."""
-    for name, value in result.metrics.items():
+    if not run.lead:
+        return
+    for name, value in metering.last(run.directory).items():
         if name.startswith("eval/"):
             print(f"{name.removeprefix('eval/')}: {value:.4f}")
-    for name, value in data.facts.items():
+    for name, value in run.data.facts.items():
         if "xz" in name:
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-    for path in sorted((result.directory / "samples").glob(f"{result.step:08d}-*.txt")):
+    for path in sorted((run.directory / "samples").glob(f"{run.experiment.steps:08d}-*.txt")):
         print(f"\n{path.read_text(encoding='utf-8')}")
-    print(f"run directory: {result.directory}")
+    print(f"run directory: {run.directory}")
     sys.stdout.flush()

@@ -78,7 +78,7 @@ def trained(monkeypatch):
 def test_train(file, trained):
     assert main(["train", "tiny.py", "--steps", "7", "--run-dir", "there"]) == 0
     (experiment, options), = trained
-    assert experiment.steps == 7 and options == {"run_dir": Path("there"), "resume": False, "profile": False}
+    assert experiment.steps == 7 and options == {"run_dir": Path("there"), "profile": False, "pretrained": []}
 
 
 def test_default_run_directories(file, trained):
@@ -102,7 +102,7 @@ def test_resume_demands_a_run(file, trained, capsys):
     assert capsys.readouterr().err == "jaxgen: there is no run directory runs/tiny\n" and not trained
     record.store("runs/tiny", 0)
     assert main(["train", "tiny.py", "--resume", "--profile"]) == 0
-    assert trained[0][1]["resume"] and trained[0][1]["profile"]
+    assert len(trained) == 1 and trained[0][1]["profile"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from jaxgen.models.gpt import GPT
 from jaxgen.pretrained import Pretrained
 from jaxgen.sharding import Mesh
 from jaxgen.tasks.language import LanguageModel
+from jaxgen.training import loop
 from jaxgen.training.checkpoint import Checkpointing, Checkpoints
 from jaxgen.training.ema import Ema
 from jaxgen.training.metrics import Logging
@@ -191,6 +192,25 @@ def test_damaged_metrics(experiment, copy):
         file.write(b'5\n{}\n\xff\xfe\n{"step": 12, "train/lo')
     train(dataclasses.replace(experiment, steps=13), copy)
     assert [n["step"] for n in lines(copy) if "train/loss" in n] == list(range(1, 14))
+
+
+def test_an_evaluation_that_a_preemption_left_out_is_made_up(experiment, done, tmp_path, monkeypatch, capfd):
+    directory = tmp_path / "tiny"
+    for step in (4, 6, 12):   # at an evaluation, between two, and at the end
+        monkeypatch.setattr(loop, "reached_preemption", lambda n, step=step: n == step)
+        assert train(experiment, directory).preempted
+        assert [n for n, _, _ in losses(directory)][-1] == step
+        assert not any(n["step"] == step for n in lines(directory) if "eval/heldout/loss" in n)
+    monkeypatch.setattr(loop, "reached_preemption", lambda n: False)
+    again = train(experiment, directory)
+    assert not again.preempted and losses(directory) == losses(done.directory)
+    name = "samples/00000012-preview.txt"
+    assert (directory / name).read_text() == (done.directory / name).read_text()
+    jax.tree.map(np.testing.assert_array_equal, again.state, done.state)
+
+    capfd.readouterr()
+    train(experiment, directory)
+    assert "finished" in capfd.readouterr().err and losses(directory) == losses(done.directory), "once is enough"
 
 
 def test_nothing_to_resume(experiment, tmp_path):
