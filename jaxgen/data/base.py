@@ -24,12 +24,14 @@ class Prepared(abc.ABC):
       heldout_bytes: size of the held-out text as UTF-8; 0 where there is none.
       fingerprint: hash of all that decides an example's content, the same on every machine.
       facts: what is worth printing, plain values by name.
+      workers: processes that read examples, where that is work worth sharing; 0 reads in a thread.
     """
 
     tokenizer: Any = None
     heldout_bytes: int = 0
     fingerprint: str = ""
     facts: dict[str, Any] = {}
+    workers: int = 0
 
     @abc.abstractmethod
     def train(self, seed: int) -> grain.MapDataset:

@@ -4,22 +4,82 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from jaxgen.errors import UserError
 
 if TYPE_CHECKING:
     import grain
 
-_skipped: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("skipped", default=None)
+HANDFUL = 5  # so many different examples must have been skipped before their share is asked for
 
 
-def skipped(name: str, reason: str) -> None:
-    """Tells of an example that could not be read and was left out or replaced; called by reading code."""
-    collected = _skipped.get()
+class Skipped(NamedTuple):
+    """An example that could not be read.
+
+    Attributes:
+      name: of the example, or of the file.
+      reason: why, in a few words.
+      allowed: the share of all examples that may be skipped.
+    """
+
+    name: str
+    reason: str
+    allowed: float
+
+
+_collecting: contextvars.ContextVar[list[Skipped] | None] = contextvars.ContextVar("collecting", default=None)
+
+
+def skipped(name: str, reason: str, allowed: float = 0.01) -> None:
+    """Tells of an example that is left out or replaced, see `Skipped`; called by reading code, in `Rows.read`."""
+    collected = _collecting.get()
     if collected is not None:
-        collected[name] = reason
+        collected.append(Skipped(name, reason, allowed))
+
+
+def check_skipped(reasons: Mapping[str, str], count: int, total: int, allowed: float) -> None:
+    """Raises UserError once more than a share `allowed` was skipped, and more than a handful.
+
+    Args:
+      reasons: why, by name.
+      count: how often an example was skipped, of `total`.
+    """
+    if len(reasons) >= HANDFUL and count > allowed * total:
+        name, reason = next(iter(reasons.items()))
+        raise UserError(f"{count} of {total} examples cannot be used, for example {name}: {reason}; "
+                        f"data.max_bad allows a share of {allowed:g}")
+
+
+def endless(example: Callable[[int], dict[str, np.ndarray]], size: int, seed: int) -> grain.MapDataset:
+    """Examples in shuffled order, epoch after epoch, each in an order of its own.
+
+    Args:
+      example: called with epoch * size + place.
+    """
+    import grain
+
+    # Grain's shuffle hands down epoch * size + place, in constant time; it seeds epoch e with seed + e, so that
+    # neighbouring seeds would share epochs but for `fold`.
+    return grain.MapDataset.range(size).map_with_index(_At(example)).shuffle(fold(seed)).repeat()
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """The example at an index that counts on through the epochs (a Grain source would see it within its epoch only)."""
+
+    example: Callable[[int], dict[str, np.ndarray]]
+
+    def __call__(self, index: int, _: int) -> dict[str, np.ndarray]:
+        return self.example(int(index))
+
+
+def fold(*seeds: int) -> int:
+    """A 32-bit seed, unrelated for neighbouring seeds."""
+    return int(np.random.SeedSequence([s % 2**64 for s in seeds]).generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +99,16 @@ class Rows:
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         return self.read(step)[0]
 
-    def read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """The rows, and the reason by name of all that was skipped while they were read (see `skipped`)."""
+    def read(self, step: int) -> tuple[dict[str, np.ndarray], list[Skipped]]:
+        """The rows, and what was skipped while they were read."""
         first, size = step * self.batch_size, len(self.dataset)
-        token = _skipped.set({})
+        told: list[Skipped] = []
+        token = _collecting.set(told)
         try:
             examples = [self.dataset[first + row] for row in self.rows if first + row < size]
-            like = examples[0] if examples else self.dataset[0]
-            told = _skipped.get()
         finally:
-            _skipped.reset(token)
+            _collecting.reset(token)
+        like = examples[0] if examples else self.dataset[0]
         missing = len(self.rows) - len(examples)
         blank = {name: np.zeros_like(value) for name, value in like.items()}
         return {name: np.stack([e[name] for e in examples + [blank] * missing]) for name in like}, told

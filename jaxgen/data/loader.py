@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxgen.data.batching import Rows
+from jaxgen.data.batching import Rows, check_skipped
 from jaxgen.data.processes import workers as worker_processes
 
 if TYPE_CHECKING:
@@ -44,8 +44,13 @@ def rows_needed(shardings: Shardings, shapes: Mapping[str, tuple[int, ...]]) -> 
 class Loader:
     """Iterates over (step, batch of global arrays) in a background thread that stays `prefetch` batches ahead.
 
+    Raises UserError where more examples are skipped than their data allows (see `batching.skipped`).
+
     Attributes:
       wait_seconds: time that the consumer spent waiting for data, in all.
+      examples: rows that this process has taken, in all.
+      skipped: why an example could not be read, by its name, of those that this process came upon.
+      replaced: how often one was come upon; after several epochs, more often than there are names.
 
     Args:
       dataset: examples as dicts of arrays, indexed at random (`Prepared.train` or `heldout`).
@@ -72,6 +77,8 @@ class Loader:
         self._ready: queue.Queue = queue.Queue(max(prefetch, 1))
         self._closed = threading.Event()
         self.wait_seconds = 0.0
+        self.examples, self.replaced = 0, 0
+        self.skipped: dict[str, str] = {}
         self._thread = threading.Thread(target=self._fill, name="jaxgen-loader", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a thread inside JAX while the interpreter goes down would crash it
@@ -96,7 +103,13 @@ class Loader:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        return item
+        batch, told = item
+        self.examples += len(self._place)
+        self.replaced += len(told)
+        self.skipped |= {name: reason for name, reason, _ in told}
+        if told:
+            check_skipped(self.skipped, self.replaced, self.examples, told[-1].allowed)
+        return batch
 
     def close(self) -> None:
         """Stops the thread and drops what it had ready; may be called twice."""
@@ -118,9 +131,10 @@ class Loader:
 
     def _fill(self) -> None:
         try:
-            with worker_processes(self._rows, self._workers) as run:
-                for step, local in run(range(self._start, self._stop)):
-                    if not self._put((step, {name: self._global(name, local[name]) for name in self._shapes})):
+            with worker_processes(self._rows.read, self._workers) as run:
+                for step, (local, told) in run(range(self._start, self._stop)):
+                    batch = {name: self._global(name, local[name]) for name in self._shapes}
+                    if not self._put(((step, batch), told)):
                         return
             self._put(StopIteration())
         except BaseException as e:  # it is the consumer's to see

@@ -74,13 +74,13 @@ def open_source(path: str, field: str = "text") -> Source:
         return PythonLibrary()
     if path.startswith("tfds:"):
         return Tfds(path, field)
-    return Files(path, tuple(_find(path)), field)
+    return Files(path, tuple(find_files(path)), field)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def _path(path: str) -> Any:
+def path_of(path: str) -> Any:
     """A local Path, or an etils path for gs:// and its like (the same methods)."""
     if "://" not in path:
         return Path(path).expanduser()
@@ -89,11 +89,11 @@ def _path(path: str) -> Any:
     return epath.Path(path)
 
 
-def _find(path: str) -> list[tuple[str, str]]:
+def find_files(path: str) -> list[tuple[str, str]]:
     """(document name, path) of every file that `path` names, sorted by name."""
     remote = "://" in path
-    with _reading(path):
-        base = _path(path)
+    with reading(path):
+        base = path_of(path)
         if base.is_dir():
             found = [p for p in base.rglob("*") if p.is_file()]
         elif base.is_file():
@@ -101,7 +101,7 @@ def _find(path: str) -> list[tuple[str, str]]:
         elif glob.has_magic(path):
             parts = base.parts
             fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-            base = _path(str(type(base)(*parts[:fixed]))) if fixed else _path(".")
+            base = path_of(str(type(base)(*parts[:fixed]))) if fixed else path_of(".")
             found = [p for p in base.glob("/".join(parts[fixed:])) if p.is_file()]
         else:
             # The nearest name in the folder, if the folder at least is there.
@@ -110,11 +110,11 @@ def _find(path: str) -> list[tuple[str, str]]:
         named = [(p.relative_to(base).as_posix(), str(p)) for p in found]
     named = sorted((n, p) for n, p in named if not any(part.startswith(".") for part in n.split("/")))
     if not named:
-        raise UserError(f"no files in {path}" if base == _path(path) else f"no files match {path}")
+        raise UserError(f"no files in {path}" if base == path_of(path) else f"no files match {path}")
     return named
 
 
-class _reading:  # noqa: N801 (reads as a verb: `with _reading(path)`)
+class reading:  # noqa: N801 (reads as a verb: `with reading(path)`)
     """Turns what reading a file may raise into a sentence that names it."""
 
     def __init__(self, path: str):
@@ -165,11 +165,11 @@ class Files(Source):
 
     @functools.cached_property
     def size(self) -> int:
-        with _reading(self.path):
-            return sum(_size(_path(path)) for _, path in self.files)
+        with reading(self.path):
+            return sum(size_of(path_of(path)) for _, path in self.files)
 
 
-def _size(path: Any) -> int:
+def size_of(path: Any) -> int:
     stat = path.stat()
     return stat.st_size if hasattr(stat, "st_size") else stat.length
 
@@ -184,12 +184,12 @@ def _reader(path: str) -> Callable[[str, str, str, bool], Iterator[Piece]]:
 
 
 def _open(path: str) -> Any:
-    file = _path(path).open("rb")
+    file = path_of(path).open("rb")
     return gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
 
 
 def _text(name: str, path: str, field: str, several: bool) -> Iterator[Piece]:
-    with _reading(path), _open(path) as f:
+    with reading(path), _open(path) as f:
         position, rest = 0, b""
         while True:
             block = f.read(PIECE)
@@ -218,7 +218,7 @@ def _whole_characters(data: bytes) -> int:
 
 def _json_lines(name: str, path: str, field: str, several: bool) -> Iterator[Piece]:
     prefix = f"{name}:" if several else ""
-    with _reading(path), _open(path) as f:
+    with reading(path), _open(path) as f:
         for number, line in enumerate(f, 1):
             if line.strip():
                 yield Piece(f"{prefix}{number}", _field(line, field, f"{path}, line {number}", must_be_json=True))
@@ -228,25 +228,25 @@ def _array_record(name: str, path: str, field: str, several: bool) -> Iterator[P
     from array_record.python.array_record_module import ArrayRecordReader
 
     prefix = f"{name}:" if several else ""
-    with _reading(path):
+    with reading(path):
         try:
-            reader = ArrayRecordReader(str(_path(path)))
+            reader = ArrayRecordReader(str(path_of(path)))
             total = reader.num_records()
             if not total:
                 reader.close()  # only now it tells a damaged file from an empty one
         except Exception as e:
-            raise UserError(f"{path} is not an ArrayRecord file, or a damaged one ({_first_line(e)})") from e
+            raise UserError(f"{path} is not an ArrayRecord file, or a damaged one ({first_line(e)})") from e
         for start in range(0, total, 256):
             try:
                 records = reader.read(start, min(start + 256, total))
             except Exception as e:
-                raise UserError(f"{path} is damaged near record {start} ({_first_line(e)})") from e
+                raise UserError(f"{path} is damaged near record {start} ({first_line(e)})") from e
             for number, record in enumerate(records, start):
                 where = f"{path}, record {number}"
                 yield Piece(f"{prefix}{number}", _field(record, field, where, must_be_json=False))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -287,9 +287,9 @@ def content_hashes(paths: list[str], cache: Path, progress: Progress | None = No
         memo = {}
     hashes, remembered, now = {}, {}, time.time_ns()
     for path in paths:
-        with _reading(path):
+        with reading(path):
             if "://" in path:
-                stat = _path(path).stat()
+                stat = path_of(path).stat()
                 hashes[path] = caching.key(path, getattr(stat, "length", None), str(getattr(stat, "mtime", "")))
                 continue
             stat = os.stat(Path(path).expanduser())
@@ -348,10 +348,10 @@ class Tfds(Source):
             if not builder.info.splits:
                 builder.download_and_prepare()
         except ImportError as e:
-            raise UserError(f"{self.path} needs a package that is not here ({_first_line(e)}): "
+            raise UserError(f"{self.path} needs a package that is not here ({first_line(e)}): "
                             "pip install 'jaxgen[tfds]'") from e
         except Exception as e:
-            raise UserError(f"TFDS cannot give {name} ({type(e).__name__}: {_first_line(e)})") from e
+            raise UserError(f"TFDS cannot give {name} ({type(e).__name__}: {first_line(e)})") from e
         if split.split("[")[0] not in builder.info.splits:
             raise UserError(f"{self.path}: no split '{split}', only {', '.join(sorted(builder.info.splits))}"
                             + nearest(split, builder.info.splits))
@@ -361,11 +361,25 @@ class Tfds(Source):
     def _records(self) -> Any:
         return self._builder.as_data_source(split=self._split[1])
 
-    def pieces(self) -> Iterator[Piece]:
-        features = list(self._builder.info.features)
+    @functools.cached_property
+    def features(self) -> dict[str, Any]:
+        """TFDS's own description of each field; the one named `field` is there."""
+        features = self._builder.info.features
         if self.field not in features:
             raise UserError(f"{self.path} has no field '{self.field}', only {', '.join(features)}"
                             + nearest(self.field, features))
+        return dict(features.items())
+
+    def undecoded(self) -> Any:
+        """Records at random, with what is in `field` as the file that it was, where it is a picture."""
+        from tensorflow_datasets import decode
+        from tensorflow_datasets.core.features import Image
+
+        decoders = {self.field: decode.SkipDecoding()} if isinstance(self.features[self.field], Image) else None
+        return self._builder.as_data_source(split=self._split[1], decoders=decoders)
+
+    def pieces(self) -> Iterator[Piece]:
+        self.features  # noqa: B018 (raises where there is no such field)
         for number in range(len(self._records)):
             value = self._records[number][self.field]
             if not isinstance(value, (bytes, str)):

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxgen.data import cache as caching
 from jaxgen.data.base import Data, Prepared, Progress
+from jaxgen.data.batching import endless, fold
 from jaxgen.data.sources import open_source
 from jaxgen.data.tokenizers import SentencePiece, Tokenizer, TokenizerConfig
 from jaxgen.data.tokens import Corpus, Division, fit, tokenize
@@ -97,16 +98,12 @@ class PreparedText(Prepared):
         self.facts = _facts(data.path or "Python's documentation and standard library", corpus.meta, tokenizer)
 
     def train(self, seed: int) -> grain.MapDataset:
-        import grain
-
         from jaxgen.data.packing import Blocks, Documents
 
         tokens, length = self._corpus.part("train"), self._data.length
-        seed = _fold(seed)  # Grain's shuffle seeds epoch e with seed + e: neighbouring seeds would share epochs
-        source = Blocks(tokens, length, seed) if self._data.packing == "blocks" else \
+        source = Blocks(tokens, length, fold(seed)) if self._data.packing == "blocks" else \
             Documents(tokens, length, self._plan("train"))
-        # The shuffle hands down epoch * size + place, in constant time.
-        return grain.MapDataset.range(len(source)).map_with_index(_At(source)).shuffle(seed).repeat()
+        return endless(source.__getitem__, len(source), seed)
 
     def heldout(self) -> grain.MapDataset:
         import grain
@@ -123,21 +120,6 @@ class PreparedText(Prepared):
         length, ends = self._data.length, self._corpus.part(part).ends
         return caching.build(self._cache / "plans" / f"{self._corpus.directory.name}-{part}-{length}",
                              lambda directory: write_plan(directory, ends, length))
-
-
-@dataclasses.dataclass(frozen=True)
-class _At:
-    """The example at an index that counts on through the epochs (a Grain source would see it within its epoch only)."""
-
-    source: Any
-
-    def __call__(self, index: int, _: int) -> dict[str, np.ndarray]:
-        return self.source[index]
-
-
-def _fold(*seeds: int) -> int:
-    """A 32-bit seed, unrelated for neighbouring seeds."""
-    return int(np.random.SeedSequence([s % 2**64 for s in seeds]).generate_state(1)[0])
 
 
 def _facts(name: str, meta: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -243,7 +225,7 @@ class PreparedMixture(Prepared):
         import grain
 
         return grain.MapDataset.select_from_datasets(
-            [part.train(_fold(seed, k)) for k, part in enumerate(self._parts)], Interleave(self._shares))
+            [part.train(fold(seed, k)) for k, part in enumerate(self._parts)], Interleave(self._shares))
 
     def heldout(self) -> grain.MapDataset:
         import grain

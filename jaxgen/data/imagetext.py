@@ -1,0 +1,624 @@
+"""Pictures with captions, and pictures with labels, from any source that `jaxgen.data.pictures` knows."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxgen.data import cache as caching
+from jaxgen.data.base import Data, Prepared, Progress
+from jaxgen.data.batching import check_skipped, endless, fold, skipped
+from jaxgen.data.captions import encode_captions
+from jaxgen.data.images import MAX_PIXELS, BadImage, Picture, decode, grey
+from jaxgen.data.pictures import Pictures, Row, Strings, open_pictures
+from jaxgen.data.tokenizers import SentencePiece, Tokenizer, TokenizerConfig, load
+from jaxgen.data.transforms import CenterCrop, Resize, Transform, apply, patchify
+from jaxgen.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import grain
+    import jax
+
+VERSION = 1  # counts up when the same input would give another index
+ATTEMPTS = 100  # pictures tried in place of one that cannot be read
+NAMED = 8  # of the rows that cannot be used, so many are told by name
+PARTS = ("train", "heldout")
+
+Example = dict[str, np.ndarray]
+
+
+# --- from a file to an example -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How a picture becomes what a model sees.
+
+    Attributes:
+      size: pixels of a side.
+      channels: 3 for RGB, 1 for grey.
+      fit: transforms to `size` x `size`, for a picture that is not trained on.
+      background: behind what is transparent.
+      patches: 0, or the number of patches of a picture that keeps its proportions.
+      patch: pixels of a patch's side.
+      max_pixels: a file of more is taken for a decompression bomb.
+    """
+
+    size: int
+    channels: int = 3
+    fit: tuple[Transform, ...] = ()
+    background: tuple[int, int, int] = (255, 255, 255)
+    patches: int = 0
+    patch: int = 16
+    max_pixels: int = MAX_PIXELS
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and type of what a call gives, by name."""
+        if not self.patches:
+            return {"image": ((self.size, self.size, self.channels), np.uint8)}
+        return {"patches": ((self.patches, self.patch**2 * self.channels), np.uint8),
+                "coordinates": ((self.patches, 2), np.int32), "patch_mask": ((self.patches,), np.bool_)}
+
+    def __call__(self, data: bytes | Picture, augment: Sequence[Transform] = (),
+                 rng: np.random.Generator | None = None) -> Example:
+        """`image`, or `patches`, `coordinates` and `patch_mask`.
+
+        Args:
+          data: a file's content, or the picture.
+          augment: what comes before the fitting, with the randomness of `rng`.
+
+        Raises:
+          BadImage: the data is no picture.
+        """
+        rng = rng or np.random.default_rng(0)
+        whole = augment or (() if self.patches else self._fit)
+        if isinstance(data, bytes):
+            data = decode(data, self.background, self.max_pixels, whole[0].least() if whole else 0)
+        if self.channels == 1:
+            data = grey(data)
+        elif data.shape[-1] == 1:
+            data = np.repeat(data, 3, axis=-1)
+        data = apply(augment, data, rng) if augment else data
+        if self.patches:
+            return dict(zip(("patches", "coordinates", "patch_mask"), patchify(data, self.patch, self.patches),
+                            strict=True))
+        if data.shape[:2] != (self.size, self.size):
+            data = apply(self._fit, data, rng)
+        if data.shape[:2] != (self.size, self.size):
+            raise UserError(f"data.fit gives a picture of {data.shape[1]} x {data.shape[0]} pixels, but data.size is "
+                            f"{self.size}")
+        return {"image": data}
+
+    @property
+    def _fit(self) -> tuple[Transform, ...]:
+        return self.fit or (Resize(self.size), CenterCrop(self.size))
+
+
+class Viewing(Prepared):
+    """Prepared data that can turn other pictures into what its model sees."""
+
+    view: View
+
+    def example(self, data: bytes | Picture) -> Example:
+        """What a model sees of a picture outside training: a batch's arrays of it, without the batch dimension.
+
+        Raises:
+          BadImage: `data` is no picture.
+        """
+        return self.view(data)
+
+    def picture(self, data: bytes | Picture) -> Picture:
+        """`example` of a picture of fixed size: uint8 (size, size, channels)."""
+        if self.view.patches:
+            raise UserError("pictures of this data keep their proportions and have no fixed size")
+        return self.view(data)["image"]
+
+
+class Captions(Viewing):
+    """Prepared data with a tokenizer of captions.
+
+    Attributes:
+      length: tokens of a caption.
+    """
+
+    tokenizer: Tokenizer
+    length: int
+
+    def encode(self, texts: Sequence[str]) -> tuple[Int32[np.ndarray, "N L"], Int32[np.ndarray, " N"]]:
+        """Tokens and lengths of captions, as in a batch."""
+        return encode_captions(self.tokenizer, texts, self.length)
+
+
+# --- what an experiment names --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Images(Data):
+    """What pictures with captions and pictures with labels have in common.
+
+    A batch has `image`, uint8 (B, size, size, channels); with `patches` instead `patches`, uint8 (B, patches, pixels),
+    `coordinates`, int32 (B, patches, 2), and `patch_mask`, bool (B, patches). Held-out batches have `weights`, float32
+    (B,): 0 where a picture cannot be read. In training such a picture is replaced by another.
+
+    Attributes:
+      path: a folder, a table (.tsv or .jsonl), tar shards, ArrayRecord, tfds:NAME, .npz, or IDX; see
+        `jaxgen.data.pictures.open_pictures`.
+      image: the column, field, array or (in tar shards) ending of the picture.
+      images: where the pictures of a table are: a folder or a tar; "" for beside it.
+      size: pixels of a side.
+      channels: 3 for RGB, 1 for grey.
+      augment: transforms of a picture in training; what is not of the size then is fitted.
+      fit: transforms of all other pictures, to `size` x `size`; () resizes the shorter side and cuts out the middle.
+      background: behind what is transparent.
+      patches: 0, or the number of patches of pictures that keep their proportions (NaFlex).
+      patch: pixels of such a patch's side.
+      heldout: fraction that is held out.
+      heldout_by: "name" holds out by a hash of the picture's name, "tail" the last pictures.
+      group_by: a column whose equal values stay on one side; "" for the name itself.
+      heldout_path: a source of its own for the held-out pictures, in place of the three above.
+      max_bad: share of the pictures and captions that may be unusable; beyond it (and a handful) the run stops.
+      max_pixels: a picture of more is taken for a decompression bomb.
+      workers: reading processes; -1 for half the cores of a machine that has more than four, 0 for none.
+    """
+
+    path: str = ""
+    image: str = "image"
+    images: str = ""
+    size: int = 64
+    channels: Literal[1, 3] = 3
+    augment: tuple[Transform, ...] = ()
+    fit: tuple[Transform, ...] = ()
+    background: tuple[int, int, int] = (255, 255, 255)
+    patches: int = 0
+    patch: int = 16
+    heldout: float = 0.1
+    heldout_by: Literal["name", "tail"] = "name"
+    group_by: str = ""
+    heldout_path: str = ""
+    max_bad: float = 0.01
+    max_pixels: int = MAX_PIXELS
+    workers: int = -1
+
+    def __post_init__(self):
+        for name, least in (("size", 1), ("patches", 0), ("patch", 1), ("max_pixels", 1), ("workers", -1)):
+            if getattr(self, name) < least:
+                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, top in (("heldout", "less than 1"), ("max_bad", "1")):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name == "heldout" and value == 1):
+                raise UserError(f"data.{name} is {value}; it is a fraction, from 0 to {top}")
+        if self.channels not in (1, 3):
+            raise UserError(f"data.channels is {self.channels}; it is 3 for colour or 1 for grey")
+        if self.heldout_by not in ("name", "tail"):
+            raise UserError(f"data.heldout_by is '{self.heldout_by}'; it is 'name' or 'tail'")
+        if self.group_by and self.heldout_by == "tail":
+            raise UserError("data.group_by goes with data.heldout_by 'name', not with 'tail'")
+
+    @property
+    def view(self) -> View:
+        return View(self.size, self.channels, self.fit, self.background, self.patches, self.patch, self.max_pixels)
+
+    def spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        import jax
+
+        return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+                for name, (shape, dtype) in (self.view.shapes() | self._shapes()).items()}
+
+    @abc.abstractmethod
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and type of an example's arrays beside the picture."""
+
+    @abc.abstractmethod
+    def _read(self, row: Row) -> Any:
+        """What the index keeps of a row; raises BadImage if it cannot be used."""
+
+    def _needs(self) -> tuple[str, ...]:
+        """Columns that every source must have."""
+        return (self.group_by,) if self.group_by else ()
+
+    def _index(self, cache: Path, progress: Progress | None) -> Index:
+        """The rows of both parts, found in `cache` or made there."""
+        parts = {"train": open_pictures(self.path, self.image, self.images, cache)}
+        if self.heldout_path:
+            parts["heldout"] = open_pictures(self.heldout_path, self.image, self.images, cache)
+        key = caching.key(VERSION, type(self).__name__, {n: s.fingerprint(cache, progress) for n, s in parts.items()},
+                          self._needs(), self.heldout, self.heldout_by, self.max_bad)
+        directory = caching.build(cache / "pictures" / key, lambda d: self._write(d, parts, progress))
+        meta = json.loads((directory / "meta.json").read_text())
+        return Index(directory, meta, parts["train"], parts.get("heldout", parts["train"]))
+
+    def _write(self, directory: Path, sources: dict[str, Pictures], progress: Progress | None) -> None:
+        kept: dict[str, list[tuple[int, str, Any]]] = {part: [] for part in PARTS}
+        bad: dict[str, str] = {}
+        total = 0
+        for name, source in sources.items():
+            size = len(source)
+            rows = self._usable(source, bad, progress)
+            if self.heldout_path or not self.heldout:
+                kept[name] = list((i, row.name, value) for i, row, value in rows)
+            else:
+                for i, row, value in rows:
+                    group = row.columns.get(self.group_by) if self.group_by else None
+                    held = i >= round(size * (1 - self.heldout)) if self.heldout_by == "tail" else \
+                        _held(row.name if group is None else str(group), self.heldout)
+                    kept["heldout" if held else "train"].append((i, row.name, value))
+            total += size
+        check_skipped(bad, len(bad), total, self.max_bad)
+        if not kept["train"]:
+            raise UserError(f"none of the {total} pictures of {self.path} can be used, for example "
+                            f"{': '.join(next(iter(bad.items())))}" if not kept["heldout"] else
+                            "all pictures are held out: give less to data.heldout, or hold out by 'tail'")
+        if not kept["heldout"] and (self.heldout or self.heldout_path):
+            raise UserError("there are no pictures in data.heldout_path" if self.heldout_path else
+                            f"no picture of {len(kept['train'])} fell into the held-out part ({self.heldout:g}); use "
+                            "data.heldout_by 'tail', a larger data.heldout, or data.heldout_path")
+        meta: dict[str, Any] = {"skipped": dict(list(bad.items())[:NAMED]), "bad": len(bad),
+                                "counts": {part: len(rows) for part, rows in kept.items()}}
+        for part, rows in kept.items():
+            np.save(directory / f"{part}.rows.npy", np.asarray([i for i, _, _ in rows], np.int64))
+            Strings.write(directory, f"{part}.names", [name for _, name, _ in rows])
+        meta |= self._keep(directory, {part: [value for _, _, value in rows] for part, rows in kept.items()}, sources)
+        (directory / "meta.json").write_text(json.dumps(meta))
+
+    def _usable(self, source: Pictures, bad: dict[str, str],
+                progress: Progress | None) -> Iterator[tuple[int, Row, Any]]:
+        size = len(source)
+        for i in range(size):
+            row = source.row(i)
+            problem, value = row.problem, None
+            if not problem:
+                if not i:
+                    for column in self._needs():
+                        if column not in row.columns:
+                            raise UserError(f"the pictures of {self.path} have no column '{column}', only "
+                                            f"{', '.join(row.columns) or 'none'}{nearest(column, row.columns)}")
+                try:
+                    value = self._read(row)
+                except BadImage as e:
+                    problem = str(e)
+            if problem:
+                bad[row.name if row.name not in bad else f"{row.name} (row {i})"] = problem
+            else:
+                yield i, row, value
+            if progress and i % 4096 == 0:
+                progress("indexing pictures", i, size)
+
+    @abc.abstractmethod
+    def _keep(self, directory: Path, values: dict[str, list[Any]], sources: dict[str, Pictures]) -> dict[str, Any]:
+        """Writes what `_read` gave, by part; what it returns goes into the index's meta data."""
+
+    def _fingerprint(self, index: Index, *more: Any) -> str:
+        view = dataclasses.replace(self.view)
+        return caching.key(index.directory.name, repr(view), repr(self.augment), *more)
+
+    def _facts(self, index: Index) -> dict[str, Any]:
+        counts = index.meta["counts"]
+        facts = {"source": self.path, "pictures": counts["train"], "heldout_pictures": counts["heldout"]}
+        if index.meta["bad"]:
+            facts["skipped"] = index.meta["bad"]
+            facts["skipped_names"] = "; ".join(f"{name}: {why}" for name, why in index.meta["skipped"].items())
+        return facts
+
+    def _workers(self) -> int:
+        cores = os.cpu_count() or 1
+        return self.workers if self.workers >= 0 else min(cores // 2, 32) if cores > 4 else 0
+
+
+def _held(name: str, share: float) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode(errors="replace")).digest()[:8], "big") < share * 2**64
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Which rows of a source are used, and for what."""
+
+    directory: Path
+    meta: dict[str, Any]
+    train: Pictures
+    heldout: Pictures
+
+    def load(self, part: str, name: str) -> np.ndarray:
+        path = self.directory / f"{part}.{name}.npy"
+        return np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # 128: the header alone
+
+    def strings(self, part: str, name: str) -> Strings:
+        return Strings(self.directory, f"{part}.{name}")
+
+
+# --- reading examples ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader(abc.ABC):
+    """Examples of one part, at random. Pickles as paths."""
+
+    index: Index
+    part: str
+    view: View
+    augment: tuple[Transform, ...]
+    seed: int
+    max_bad: float
+
+    @functools.cached_property
+    def _rows(self) -> np.ndarray:
+        return self.index.load(self.part, "rows")
+
+    @functools.cached_property
+    def _names(self) -> Strings:
+        return self.index.strings(self.part, "names")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @abc.abstractmethod
+    def about(self, place: int, rng: np.random.Generator | None) -> Example:
+        """All of an example but the picture."""
+
+    def train(self, index: int) -> Example:
+        """Example `index`, which counts on through the epochs; a function of it and the seed alone."""
+        place = index % len(self)
+        told = ""
+        for attempt in range(ATTEMPTS):
+            rng = np.random.default_rng([self.seed, index, attempt])
+            if attempt:
+                place = int(rng.integers(len(self)))
+            try:
+                seen = self.view(self._image(place), self.augment, rng)
+            except BadImage as e:
+                told = f"{self._names[place]}: {e}"
+                skipped(self._names[place], str(e), self.max_bad)
+            else:
+                return seen | self.about(place, rng)
+        raise UserError(f"none of {ATTEMPTS} pictures can be read, for example {told}")
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index` of a pass through all, with its weight: 0 for a picture that cannot be read."""
+        place = int(index)
+        try:
+            seen, weight = self.view(self._image(place)), 1
+        except BadImage as e:
+            skipped(self._names[place], str(e), self.max_bad)
+            seen, weight = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.view.shapes().items()}, 0
+        return seen | self.about(place, None) | {"weights": np.float32(weight)}
+
+    def _image(self, place: int) -> bytes | Picture:
+        return getattr(self.index, self.part).image(int(self._rows[place]))
+
+
+class _Datasets(Viewing):
+    """The two data sets of an index, by its readers."""
+
+    _readers: Any  # (part, seed) -> Reader
+
+    def train(self, seed: int) -> grain.MapDataset:
+        reader = self._readers("train", fold(seed))
+        return endless(reader.train, len(reader), seed)
+
+    def heldout(self) -> grain.MapDataset:
+        import grain
+
+        return grain.MapDataset.source(self._readers("heldout", 0))
+
+    def names(self, part: str) -> Sequence[str]:
+        """The names of the pictures of a part ("train" or "heldout"), in order."""
+        return self._readers(part, 0)._names
+
+
+# --- captions ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageText(Images):
+    """Pictures with captions; to the batch of `Images` come `tokens`, int32 (B, length), and `lengths`, int32 (B,).
+
+    Of several captions of one picture (a list), training draws one and the held-out part takes the first.
+
+    Attributes:
+      caption: the column of the caption, or of several.
+      tokenizer: Bytes, Characters or SentencePiece.
+      length: tokens in a caption, its end included; longer ones are cut.
+    """
+
+    caption: str = "caption"
+    tokenizer: TokenizerConfig = SentencePiece()
+    length: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.length < 2:
+            raise UserError(f"data.length is {self.length}; it must be at least 2")
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        return {"tokens": ((self.length,), np.int32), "lengths": ((), np.int32)}
+
+    def _needs(self) -> tuple[str, ...]:
+        return (*super()._needs(), self.caption)
+
+    def _read(self, row: Row) -> list[str]:
+        if self.caption not in row.columns:
+            raise BadImage("it has no caption")
+        value = row.columns[self.caption]
+        captions, problem = [], "it has no caption"
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, bytes):
+                problem = "its caption is not UTF-8"
+            elif not isinstance(text, str):
+                problem = f"its caption is not text but {type(text).__name__}"
+            elif not text.strip():
+                problem = "its caption is empty"
+            else:
+                captions.append(text.encode(errors="replace").decode())  # JSON may hold lone surrogates
+        if not captions:
+            raise BadImage(problem)
+        return captions
+
+    def _keep(self, directory: Path, values: dict[str, list[Any]], sources: dict[str, Pictures]) -> dict[str, Any]:
+        for part, captions in values.items():
+            Strings.write(directory, f"{part}.captions", [text for several in captions for text in several])
+            np.save(directory / f"{part}.first.npy", np.cumsum([0, *map(len, captions)], dtype=np.int64))
+        return {}
+
+    def prepare(self, cache: str | Path | None = None, progress: Progress | None = None) -> PreparedImageText:
+        place = caching.root(cache)
+        index = self._index(place, progress)
+        key = caching.key(index.directory.name, type(self.tokenizer).__name__, dataclasses.asdict(self.tokenizer))
+        tokenizer = self.tokenizer.fit(()) if not self.tokenizer.trained else load(caching.build(
+            place / "tokenizers" / key,
+            lambda directory: self.tokenizer.fit(index.strings("train", "captions")).save(directory)))
+        tokens = caching.build(
+            place / "captions" / caching.key(VERSION, index.directory.name, tokenizer.fingerprint, self.length),
+            lambda directory: _tokenize(directory, index, tokenizer, self.length, progress))
+        return PreparedImageText(self, index, tokenizer, tokens)
+
+
+def _tokenize(directory: Path, index: Index, tokenizer: Tokenizer, length: int, progress: Progress | None) -> None:
+    cut = dict.fromkeys(PARTS, 0)
+    for part in PARTS:
+        captions = index.strings(part, "captions")
+        tokens = np.empty((len(captions), length), np.int32)
+        lengths = np.empty(len(captions), np.int32)
+        for first in range(0, len(captions), 4096):
+            texts = captions[first:first + 4096]
+            # One place more shows which are too long; the last is `eos` either way.
+            wide, long = encode_captions(tokenizer, texts, length + 1)
+            cut[part] += int((long > length).sum())
+            wide[:, length - 1] = tokenizer.eos
+            tokens[first:first + len(texts)] = wide[:, :length]
+            lengths[first:first + len(texts)] = np.minimum(long, length)
+            if progress:
+                progress("tokenizing captions", first, len(captions))
+        np.save(directory / f"{part}.tokens.npy", tokens)
+        np.save(directory / f"{part}.lengths.npy", lengths)
+    (directory / "cut.json").write_text(json.dumps(cut))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CaptionReader(Reader):
+    tokens: Path = Path()
+
+    @functools.cached_property
+    def _captions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        at = dataclasses.replace(self.index, directory=self.tokens)
+        return at.load(self.part, "tokens"), at.load(self.part, "lengths"), self.index.load(self.part, "first")
+
+    def about(self, place: int, rng: np.random.Generator | None) -> Example:
+        tokens, lengths, first = self._captions
+        k, end = int(first[place]), int(first[place + 1])
+        if rng is not None and end - k > 1:
+            k += int(rng.integers(end - k))
+        return {"tokens": np.array(tokens[k]), "lengths": lengths[k]}
+
+
+class PreparedImageText(_Datasets, Captions):
+    """See `Prepared` and `Captions`."""
+
+    def __init__(self, data: ImageText, index: Index, tokenizer: Tokenizer, tokens: Path):
+        self._index = index
+        self.view, self.tokenizer, self.length, self.workers = data.view, tokenizer, data.length, data._workers()
+        self.fingerprint = data._fingerprint(index, tokenizer.fingerprint, data.length)
+        cut = json.loads((tokens / "cut.json").read_text())
+        self.facts = data._facts(index) | {"vocabulary": tokenizer.vocab_size,
+                                           "captions": len(index.strings("train", "captions"))}
+        if cut["train"] + cut["heldout"]:
+            self.facts |= {"captions_cut": cut["train"], "heldout_captions_cut": cut["heldout"]}
+        self._readers = lambda part, seed: _CaptionReader(
+            index, part, data.view, data.augment, seed, data.max_bad, tokens)
+
+    def captions(self, part: str) -> list[list[str]]:
+        """All captions of each picture of a part ("train" or "heldout"), in order."""
+        texts, first = self._index.strings(part, "captions"), self._index.load(part, "first")
+        return [texts[first[i]:first[i + 1]] for i in range(len(first) - 1)]
+
+
+# --- labels --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledImages(Images):
+    """Pictures with labels; to the batch of `Images` comes `label`, int32 (B,).
+
+    Labels are numbers 0, 1, ... as they stand, or names, which are numbered in alphabetical order.
+
+    Attributes:
+      label: the column of the label; for a folder, the folder that a picture lies in.
+    """
+
+    label: str = "label"
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        return {"label": ((), np.int32)}
+
+    def _needs(self) -> tuple[str, ...]:
+        return (*super()._needs(), self.label)
+
+    def _read(self, row: Row) -> int | str:
+        value = row.columns.get(self.label)
+        if value is None or value == "":
+            raise BadImage("it has no label")
+        if isinstance(value, bytes):
+            raise BadImage("its label is not UTF-8")
+        if not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
+            raise BadImage(f"its label is {value!r}, neither a name nor a number from 0 on")
+        return value
+
+    def _keep(self, directory: Path, values: dict[str, list[Any]], sources: dict[str, Pictures]) -> dict[str, Any]:
+        found = {value for part in values.values() for value in part}
+        numbers = all(isinstance(v, int) or v.isdecimal() for v in found)
+        if numbers:
+            known = sources["train"].classes(self.label)
+            top = max(map(int, found))
+            classes = list(known) if len(known) > top else [str(k) for k in range(top + 1)]
+            of = {value: int(value) for value in found}
+        else:
+            classes = sorted(map(str, found))
+            number = {name: k for k, name in enumerate(classes)}
+            of = {value: number[str(value)] for value in found}
+        if unseen := sorted({of[v] for v in values["heldout"]} - {of[v] for v in values["train"]}):
+            raise UserError(f"the class '{classes[unseen[0]]}' is in the held-out part alone")
+        for part, labels in values.items():
+            np.save(directory / f"{part}.labels.npy", np.asarray([of[label] for label in labels], np.int32))
+        return {"classes": classes}
+
+    def prepare(self, cache: str | Path | None = None, progress: Progress | None = None) -> PreparedLabelledImages:
+        return PreparedLabelledImages(self, self._index(caching.root(cache), progress))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LabelReader(Reader):
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        return self.index.load(self.part, "labels")
+
+    def about(self, place: int, rng: np.random.Generator | None) -> Example:
+        return {"label": self._labels[place]}
+
+
+class PreparedLabelledImages(_Datasets):
+    """See `Prepared`.
+
+    Attributes:
+      classes: names of the labels.
+    """
+
+    def __init__(self, data: LabelledImages, index: Index):
+        self.view, self.workers = data.view, data._workers()
+        self.classes: tuple[str, ...] = tuple(index.meta["classes"])
+        self.fingerprint = data._fingerprint(index)
+        self.facts = data._facts(index) | {"classes": len(self.classes)}
+        self._readers = lambda part, seed: _LabelReader(index, part, data.view, data.augment, seed, data.max_bad)
