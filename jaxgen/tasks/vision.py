@@ -1,0 +1,64 @@
+"""What the tasks with pictures share: from a batch's pixels to a model's input."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxgen.errors import UserError
+from jaxgen.nn.patches import Patches
+from jaxgen.tasks.base import Batch, Spec
+
+NAMES = ("image", "patches", "coordinates", "patch_mask")
+"""Arrays of a batch that make up its pictures: `image` alone, or the others (NaFlex)."""
+
+
+def pixels(
+    batch: Batch, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B H W C"] | Patches:
+    """(value / 255 - mean) / std of a batch's pictures, with a number for each channel or one for all."""
+
+    def normal(x, channels):
+        x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, channels)
+        return (x / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+
+    if "image" in batch:
+        image = batch["image"]
+        return normal(image, image.shape[-1]).reshape(image.shape)
+    patches = batch["patches"]  # channels last within a patch
+    return Patches(normal(patches, len(mean)).reshape(patches.shape), batch["coordinates"], batch["patch_mask"])
+
+
+def shape(spec: Spec) -> tuple[int, ...]:
+    """(H, W, C) of a batch's pictures, or (N, P) of their patches."""
+    return spec["image" if "image" in spec else "patches"].shape[1:]
+
+
+def example(model: nn.Module) -> Float[Array, "1 H W C"]:
+    """A picture to initialise a model with."""
+    size = getattr(model, "image_size", 32)
+    return jnp.zeros((1, size, size, getattr(model, "channels", 3)))
+
+
+def for_init(model: nn.Module) -> nn.Module:
+    """The model as it is initialised: with the kernel that takes any shape."""
+    return model.clone(kernel="xla") if hasattr(model, "kernel") else model
+
+
+def check(spec: Spec, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], where: str) -> None:
+    """Raises UserError when a batch's pictures are not for the model at `where`."""
+    if "image" not in spec and "patches" not in spec:
+        raise UserError(f"The data has {', '.join(spec)}, and the task needs image (or patches).")
+    channels = spec["image"].shape[-1] if "image" in spec else getattr(model, "channels", 3)
+    if getattr(model, "channels", channels) != channels:
+        raise UserError(f"The data's pictures have {channels} channels and {where}.channels is {model.channels}.")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise UserError(f"task.{name} has {len(values)} numbers; {channels} channels need 1 or {channels}.")
+    if min(std) <= 0:
+        raise UserError(f"task.std is above 0, not {min(std)}.")
+
+
+def split(x: jax.Array, count: int) -> jax.Array:
+    """(B, ...) to (count, B / count, ...), every device keeping its own examples."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
