@@ -123,6 +123,10 @@ def select(module: ModuleType, smoke: bool = False) -> Experiment:
     return form if form.name != module.experiment.name else dataclasses.replace(form, name=f"{form.name}-smoke")
 
 
+class NoSource(UserError):
+    """The source of a `Pretrained` is missing, or cannot be read."""
+
+
 class Source(NamedTuple):
     """Where the weights of a field come from."""
 
@@ -230,13 +234,14 @@ def _source(
 ) -> tuple[Path, Any, tuple[Path, ...]]:
     """The run directory of a source, its experiment's record, and the files whose classes it may use."""
     source = Path(pretrained.source)
-    if source.suffix == ".py" or source.is_file():
-        smoke, _ = resolve(select(load(source), smoke=True), (*trust, source), weights=False)
-        return _smoke_run(source, trust, weights), record.to_record(smoke), (source,)
     try:
-        return source, record.stored(source).experiment, ()
+        if source.suffix != ".py" and not source.is_file():
+            return source, record.stored(source).experiment, ()
+        files.existing(source)
     except UserError as error:
-        raise UserError(f"{path} is to come from {source}, but {error}") from None
+        raise NoSource(f"{path} is to come from {source}, but {error}") from None
+    smoke, _ = resolve(select(load(source), smoke=True), (*trust, source), weights=False)
+    return _smoke_run(source, trust, weights), record.to_record(smoke), (source,)
 
 
 def _smoke_run(file: Path, trust: tuple[str | Path, ...], weights: bool) -> Path:

@@ -33,8 +33,27 @@ def directory_of(arguments: argparse.Namespace, verb: str) -> Path:
         raise UserError(f"jaxgen {verb} needs a run directory")
     if arguments.run_dir and arguments.run and Path(arguments.run_dir) != Path(arguments.run):
         raise UserError(f"both {arguments.run} and --run-dir {arguments.run_dir} are given: which run is meant?")
-    path, named = Path(given), Path("runs") / given
-    return named if not path.exists() and named.exists() else path
+    return named(given)
+
+
+def named(run: str) -> Path:
+    """The directory of a run; a bare name is looked for under runs/ too."""
+    path, known = Path(run), Path("runs") / run
+    return known if not path.exists() and known.exists() else path
+
+
+def experiment_of(
+    directory: Path, stored: record.Stored, trust: Sequence[str | Path] = (), overrides: Sequence[str] = ()
+) -> Any:
+    """The experiment that a run's record holds, with what may be overridden."""
+    _allowed(overrides)
+    from jaxgen.experiment import Experiment
+    from jaxgen.override import override
+
+    experiment = record.from_record(stored.experiment, trust)
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{directory / record.FILE} is damaged: it holds a {type(experiment).__name__}, no Experiment")
+    return override(experiment, overrides)
 
 
 def open_run(arguments: argparse.Namespace, verb: str, overrides: Sequence[str] = ()) -> Opened:
@@ -45,16 +64,10 @@ def open_run(arguments: argparse.Namespace, verb: str, overrides: Sequence[str] 
     runtime.start()
     import jax
 
-    from jaxgen.experiment import Experiment
-    from jaxgen.override import override
     from jaxgen.training.checkpoint import Checkpoints
     from jaxgen.training.parameters import merge
 
-    _allowed(overrides)
-    experiment = record.from_record(stored.experiment, arguments.trust)
-    if not isinstance(experiment, Experiment):
-        raise UserError(f"{directory / record.FILE} is damaged: it holds a {type(experiment).__name__}, no Experiment")
-    experiment = override(experiment, overrides)
+    experiment = experiment_of(directory, stored, arguments.trust, overrides)
     experiment, program = _program(_own_tokenizer(experiment, directory))
     shapes = program.shapes
     checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, read_only=True)

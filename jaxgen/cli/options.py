@@ -28,6 +28,13 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
+def add_file(parser: Parser, what: str = "an experiment file") -> None:
+    """FILE or its small form, and a --help that knows FILE's fields (the parser is made with add_help=False)."""
+    parser.add_argument("file", metavar="FILE", nargs="?", help=what)
+    parser.add_argument("--smoke", action="store_true", help="the small form, for a laptop")
+    parser.add_argument("-h", "--help", action="store_true", help="this text, and with FILE every field")
+
+
 def add_devices(parser: Parser) -> None:
     parser.add_argument("--devices", type=devices, metavar="N", help="simulate N devices on the CPU")
 

@@ -1,13 +1,15 @@
-"""`jaxgen show FILE`: what an experiment is, from its shapes alone; no data is read and no parameter is made."""
+"""`jaxgen show FILE` or `RUN`: what an experiment is, from its shapes alone; no data is read, no parameter made."""
 
+import argparse
 import json
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from jaxgen import record
-from jaxgen.cli import options
+from jaxgen import record, runtime
+from jaxgen.cli import opened, options
 from jaxgen.cli.main import DONE
 from jaxgen.errors import UserError
 
@@ -16,37 +18,77 @@ def parser() -> options.Parser:
     parser = options.Parser(
         "show",
         "Prints the resolved experiment, parameters by part, FLOPs, and the sharding of every parameter on the mesh.",
-        usage="jaxgen show FILE [--smoke] [--devices N] [--json] [--field.path value ...]",
+        usage="jaxgen show FILE|RUN [--smoke] [--devices N] [--json] [--field.path value ...]",
         add_help=False,
     )
-    parser.add_argument("file", metavar="FILE", nargs="?", help="an experiment file")
-    parser.add_argument("--smoke", action="store_true", help="the small form, for a laptop")
+    options.add_file(parser, "an experiment file, a run directory, or a name under runs/")
     parser.add_argument("--devices", type=options.devices, metavar="N",
                         help="devices of the mesh (those of the topology, or here)")
     parser.add_argument("--json", action="store_true", help="print data for programs")
     options.add_trust(parser)
-    parser.add_argument("-h", "--help", action="store_true", help="this text, and with FILE every field")
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    from jaxgen.cli.experiments import chosen
+    from jaxgen.cli.experiments import split
 
-    found = chosen(parser(), argv, simulate=False)
+    arguments, overrides = split(parser(), argv)
+    directory = opened.named(arguments.file) if arguments.file else None
+    found = _of_run(arguments, directory, overrides) if directory and directory.is_dir() else _of_file(argv)
     if found is None:
         return DONE
-    arguments, experiment = found
-    from jaxgen.experiment import resolve
-
-    experiment, sources = resolve(experiment, (*arguments.trust, arguments.file), weights=False)
-    # a smoke form is for the machine at hand, whatever the experiment is for
-    told = describe(experiment, arguments.devices or (0 if arguments.smoke else chips(experiment.topology)))
-    told["pretrained"] = {s.path: record.to_record(s.pretrained) for s in sources}
+    experiment, pretrained, devices = found
+    told = {**describe(experiment, arguments.devices or devices), "pretrained": pretrained}
     if arguments.json:
         print(json.dumps(told, indent=1, allow_nan=False))
     else:
         _print(told, experiment)
     return DONE
+
+
+Found = tuple[Any, dict[str, Any], int]   # the experiment, the records of its `Pretrained` parts, devices of its mesh
+
+
+def _of_file(argv: Sequence[str]) -> Found | None:
+    """What FILE defines; None when help was asked for, and given."""
+    from jaxgen.cli.experiments import chosen
+
+    found = chosen(parser(), argv, simulate=False)
+    if found is None:
+        return None
+    arguments, experiment = found
+    from jaxgen.experiment import NoSource, resolve
+
+    try:
+        resolved, sources = resolve(experiment, (*arguments.trust, arguments.file), weights=False)
+    except NoSource as error:
+        known = Path("runs") / experiment.name
+        where = known if (known / record.FILE).is_file() else "RUNDIR"
+        raise UserError(
+            f"{arguments.file} cannot be shown without its source (a run of it can, by jaxgen show {where}): {error}"
+        ) from None
+    # a smoke form is for the machine at hand, whatever the experiment is for
+    devices = 0 if arguments.smoke else chips(experiment.topology)
+    return resolved, {s.path: record.to_record(s.pretrained) for s in sources}, devices
+
+
+def _of_run(arguments: argparse.Namespace, directory: Path, overrides: Sequence[str]) -> Found | None:
+    """What a run records of itself, on as many devices as it was trained on; None when help was asked for, and given.
+
+    Its `Pretrained` parts are the modules that they became, so that no source is needed.
+    """
+    if arguments.help:
+        parser().print_help()
+        return None
+    if arguments.smoke:
+        raise UserError(f"--smoke is for an experiment file, and {directory} is a directory")
+    stored = record.stored(directory)   # before anything slow
+    runtime.prepare()
+    experiment = opened.experiment_of(directory, stored, arguments.trust, overrides)
+    from jaxgen.training.loop import noted
+
+    devices = re.match(r"(\d+) x ", str(noted(directory).get("devices")))
+    return experiment, stored.pretrained, int(devices[1]) if devices else 0
 
 
 def describe(experiment: Any, devices: int = 0) -> dict[str, Any]:

@@ -15,14 +15,12 @@ def parser() -> options.Parser:
         usage="jaxgen train FILE [--smoke] [--run-dir DIR] [--resume] [--profile] [--field.path value ...]",
         add_help=False,
     )
-    parser.add_argument("file", metavar="FILE", nargs="?", help="an experiment file")
-    parser.add_argument("--smoke", action="store_true", help="the small form, for a laptop")
+    options.add_file(parser)
     parser.add_argument("--run-dir", metavar="DIR", help="where the run is kept (runs/NAME)")
     parser.add_argument("--resume", action="store_true", help="go on with a run; a mistake where there is none")
     parser.add_argument("--profile", action="store_true", help="write a trace for TensorBoard or Perfetto")
     options.add_trust(parser)
     options.add_devices(parser)
-    parser.add_argument("-h", "--help", action="store_true", help="this text, and with FILE every field")
     return parser
 
 

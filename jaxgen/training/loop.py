@@ -208,7 +208,7 @@ def _enter(
     changes = []
     if (directory / record.FILE).is_file():
         old = record.stored(directory)
-        facts = _notes(directory)
+        facts = noted(directory)
         changes = record.resume(
             old.experiment, record.to_record(experiment), lambda: facts.get("data") == data.fingerprint, directory
         )
@@ -254,16 +254,17 @@ def _versions() -> dict[str, Any]:
     }
 
 
-def _notes(directory: Path) -> dict[str, Any]:
+def noted(directory: Path) -> dict[str, Any]:
     """What the run directory notes of itself in `run.json`; empty where that is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        notes = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        return notes if isinstance(notes, dict) else {}
     return {}
 
 
 def _note(directory: Path, **facts: Any) -> None:
     """Adds facts to `run.json`, whole or not at all."""
-    notes = json.dumps(_notes(directory) | facts, indent=1, default=str)
+    notes = json.dumps(noted(directory) | facts, indent=1, default=str)
     files.write_whole(directory / "run.json", notes + "\n")
 
 

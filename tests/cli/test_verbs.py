@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import shutil
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from jaxgen.cli.show import chips
 from jaxgen.cli.text import number, size
 from jaxgen.cli.train import parser
 from jaxgen.errors import UserError
+from jaxgen.experiment import load, resolve
 from jaxgen.pretrained import Pretrained
 
 FILE = textwrap.dedent("""
@@ -206,13 +208,18 @@ def test_a_run_goes_on_and_is_measured_elsewhere(file, capsys):
     assert samples[0] == samples[1][:1]   # a sample is the same alone
 
 
-@pytest.mark.experiments   # three trainings
-def test_a_run_that_begins_from_another(file, capsys):
+def write_tuned(file: Path, source: str) -> None:
+    """Writes tuned.py beside tiny.py: the same, but that its model comes from `source`."""
     text = file.read_text().replace('"tiny",', '"tuned",')
     text = text.replace("class Lines(HeldOut):\n    pass", "class Tuned(LanguageModel):\n    model: GPT | Pretrained")
     start = text.index("LanguageModel(GPT(")
     end = text.index("\n", start)
-    (file.parent / "tuned.py").write_text(text[:start] + 'Tuned(Pretrained("tiny.py")),' + text[end:])
+    (file.parent / "tuned.py").write_text(f"{text[:start]}Tuned(Pretrained({source!r})),{text[end:]}")
+
+
+@pytest.mark.experiments   # three trainings
+def test_a_run_that_begins_from_another(file, capsys):
+    write_tuned(file, "tiny.py")
     assert main(["train", "tuned.py", "--steps", "1"]) == 0
     stored = record.stored("runs/tuned")
     assert stored.pretrained["task.model"] == record.to_record(Pretrained("tiny.py"))
@@ -263,6 +270,48 @@ def test_show_prints_every_field_and_parameter(file, capsys):
 def test_show_smoke_is_for_this_machine(file, capsys):
     assert main(["show", "tiny.py", "--smoke", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["devices"] == 8
+
+
+def test_show_a_run(file, capsys):
+    """From its own record: on the devices that it was trained on, though the source of its model is gone."""
+    write_tuned(file, "runs/base")
+    record.store("runs/base", load("tiny.py").experiment)
+    experiment, sources = resolve(load("tuned.py").experiment)
+    record.store("runs/tuned", experiment, {s.path: s.pretrained for s in sources})
+    Path("runs/tuned/run.json").write_text('{"devices": "2 x cpu"}')
+    assert main(["show", "tuned.py", "--json"]) == 0
+    of_file = json.loads(capsys.readouterr().out)
+    shutil.rmtree("runs/base")
+
+    for name in ("runs/tuned", "tuned"):
+        assert main(["show", name, "--trust", "tuned.py", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["devices"] == 2 and of_file["devices"] == 4
+        for same in ("experiment", "parameters", "flops", "pretrained"):
+            assert told[same] == of_file[same]
+    assert main(["show", "tuned", "--trust", "tuned.py", "--devices", "4", "--mesh.fsdp", "2"]) == 0
+    assert "Sharding on 4 devices (data 2, fsdp 2)" in capsys.readouterr().out
+    assert main(["show", "tuned", "--help"]) == 0
+    assert "jaxgen show FILE|RUN" in capsys.readouterr().out
+
+
+def test_show_mistakes(file, capsys):
+    def said(*args):
+        assert main(["show", *args]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    write_tuned(file, "runs/base")
+    missing = "task.model is to come from runs/base, but there is no run directory runs/base"
+    cannot = "jaxgen: tuned.py cannot be shown without its source (a run of it can, by jaxgen show"
+    assert said("tuned.py") == f"{cannot} RUNDIR): {missing}"
+    record.store("runs/tuned", load("tiny.py").experiment)
+    assert said("tuned.py") == f"{cannot} runs/tuned): {missing}"
+    assert said("runs/tuned", "--smoke") == "jaxgen: --smoke is for an experiment file, and runs/tuned is a directory"
+    assert "--task.model.depth cannot be changed in a run" in said("runs/tuned", "--task.model.depth", "2")
+    assert "runs is not a run directory: it has no experiment.json; it holds the runs tuned" in said("runs")
+    write_tuned(file, "gone.py")
+    assert "(a run of it can, by jaxgen show runs/tuned): task.model is to come from gone.py, but" in said("tuned.py")
 
 
 def test_show_names_what_does_not_fit(file, capsys):
