@@ -56,7 +56,7 @@ PLACES = {
     "in the bottom left corner": (0.25, 0.75), "in the bottom right corner": (0.75, 0.75),
 }  # fmt: skip
 SIZES = ("small", "large")
-TEXTURES = ("plain", "striped", "spotted")  # "plain" is left unsaid
+TEXTURES = ("plain", "striped", "checked")  # "plain" is left unsaid
 KINDS = ("shape", "colour", "count", "size", "texture", "relation", "place")
 LEVELS = (1, 2, 3)
 SPLITS = ("train", "recombined", "unseen")
@@ -337,12 +337,17 @@ def _distance(shape: str, x: Float[np.ndarray, "1 w"], y: Float[np.ndarray, "h 1
 
 
 def white(texture: str, x: Float[np.ndarray, "1 w"], y: Float[np.ndarray, "h 1"], radius: float) -> Any:
-    """The white part of an object, 0 to 1: three stripes across, or a spot in the middle; `radius` in pixels."""
+    """The white part of an object, 0 to 1: stripes across, or the fields of a draughtboard; `radius` in pixels."""
     if texture == "striped":
-        return np.clip(0.5 - (np.abs((y + 1) % 0.8 - 0.4) - 0.2) * radius, 0, 1) + 0 * x
-    if texture == "spotted":
-        return np.clip(0.5 - (np.sqrt(x * x + y * y) - 0.45) * radius, 0, 1)
+        return 0.5 + 0.5 * _wave(y, radius) + 0 * x
+    if texture == "checked":
+        return 0.5 + 0.5 * _wave(x, radius) * _wave(y, radius)
     return np.zeros((1, 1), np.float32)
+
+
+def _wave(x: np.ndarray, radius: float) -> np.ndarray:
+    """-1 and 1 in turn, half a radius each, with edges of one pixel."""
+    return np.clip((np.abs((x - 0.25) % 1 - 0.5) - 0.25) * (2 * radius), -1, 1)
 
 
 def coverage(shape: str, x: float, y: float, radius: float, size: int,
