@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 from jaxgen import sharding
 from jaxgen.errors import UserError
 from jaxgen.models.clip import CLIP
+from jaxgen.models.resnet import ResNet
 from jaxgen.models.text import TextTower
 from jaxgen.models.vit import ViT
+from jaxgen.nn.attention import Mask
 from jaxgen.nn.contrastive import sigmoid_loss, softmax_loss
 from jaxgen.pretrained import Pretrained
 from jaxgen.tasks import vision
@@ -29,7 +31,7 @@ class Contrastive(Task):
     2022) by `optimizer.freeze=("^image/",)`; the picture's `patch_dropout` masks patches (FLIP, Li et al. 2022).
     """
 
-    image: ViT | Pretrained = ViT(out=512)
+    image: ViT | ResNet | Pretrained = ViT(out=512)
     text: TextTower | Pretrained = TextTower()
     objective: Literal["softmax", "sigmoid"] = "softmax"
     """CLIP's loss (Radford et al. 2021) or SigLIP's (Zhai et al. 2023)."""
@@ -84,15 +86,15 @@ class Contrastive(Task):
 
         def embed(batch, keys):
             x = vision.pixels(batch, self.mean, self.std)
-            return self.model.apply(
-                {"params": params, **state}, x, keys, train, method="embed_image", mutable=list(state) if train else []
-            )
+            variables, changes = {"params": params, **state}, list(state) if train else []
+            return self.model.apply(variables, x, keys, train, method="embed_image", mutable=changes)
 
         inputs = {k: batch[k] for k in vision.NAMES if k in batch}
         if not train:
             return embed(inputs, None)[0], None
         if state:
-            return embed(inputs, keys)
+            found, new = embed(inputs, keys)
+            return found, dict(new)
         return self._in_parts(lambda part: embed(*part)[0], (inputs, keys)), None
 
     def _texts(self, params, batch, train: bool):
@@ -157,8 +159,11 @@ class Contrastive(Task):
         return 3 * size * (towers + 2.0 * size * self.image.embed_dim)
 
     def notes(self, spec):
-        size = spec["tokens"].shape[0]
+        size, length = spec["tokens"].shape
         form = f"{self.objective}, each picture against the {size} texts of the batch"
         if self.embed_chunk and self.embed_chunk < size:
             form += f"; embeddings in parts of {self.embed_chunk}"
-        return {"loss": form}
+        padded = self.text.mask == "bidirectional" and self.text.pool != "final"
+        text = length, Mask(self.text.mask, query_segments=jnp.ones((1, 1), jnp.int32) if padded else None)
+        towers = {"image": vision.picture_attention(self.image, spec), "text": (self.text, *text)}
+        return {"loss": form, **vision.attention(size, **towers)}

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxgen.errors import UserError
+from jaxgen.models.vit import ViT
+from jaxgen.nn import dtypes, kernels
+from jaxgen.nn.attention import Mask
 from jaxgen.nn.patches import Patches
 from jaxgen.tasks.base import Batch, Spec
 
@@ -49,6 +52,8 @@ def check(spec: Spec, model: nn.Module, mean: tuple[float, ...], std: tuple[floa
     """Raises UserError when a batch's pictures are not for the model at `where`."""
     if "image" not in spec and "patches" not in spec:
         raise UserError(f"The data has {', '.join(spec)}, and the task needs image (or patches).")
+    if "patches" in spec and not hasattr(model, "patches"):
+        raise UserError(f"The data gives patches, which {where}, a {type(model).__name__}, does not take; a ViT does.")
     channels = spec["image"].shape[-1] if "image" in spec else getattr(model, "channels", 3)
     if getattr(model, "channels", channels) != channels:
         raise UserError(f"The data's pictures have {channels} channels and {where}.channels is {model.channels}.")
@@ -62,3 +67,24 @@ def check(spec: Spec, model: nn.Module, mean: tuple[float, ...], std: tuple[floa
 def split(x: jax.Array, count: int) -> jax.Array:
     """(B, ...) to (count, B / count, ...), every device keeping its own examples."""
     return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+
+
+def picture_attention(model: nn.Module, spec: Spec) -> tuple[nn.Module, int, Mask] | None:
+    """(model, tokens, mask) of the attention over a batch's pictures; None for models without any."""
+    if not isinstance(model, ViT):
+        return None
+    segments = jnp.ones((1, 1), jnp.int32) if "patches" in spec else None  # that there are any is what matters
+    size = shape(spec)
+    count = size[0] if "patches" in spec else (size[0] // model.patch) * (size[1] // model.patch)
+    return model, model.kept(count) + model.extra, Mask("bidirectional", query_segments=segments)
+
+
+def attention(batch: int, **models: tuple[nn.Module, int, Mask] | None) -> dict[str, str]:
+    """A run's note on which attention kernels run, and why."""
+    parts = []
+    for name, (model, length, mask) in ((k, v) for k, v in models.items() if v is not None):
+        query = (batch, length, model.heads, model.width // model.heads)
+        query = jax.ShapeDtypeStruct(query, dtypes.resolve(model.dtype))
+        kernel, reason = kernels.choose(model.kernel, query, query, mask, 0.0)
+        parts.append(f"{name} {kernel} ({reason})")
+    return {"attention": "; ".join(parts)} if parts else {}
