@@ -85,16 +85,17 @@ def wrap(text: str, width: int, font: ImageFont.ImageFont, lines: int) -> list[s
 
 
 def unpatch(patches: np.ndarray, coordinates: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture that was cut into patches, uint8 (H, W, 3).
+    """The picture that was cut into patches, uint8 (H, W, C).
 
     Args:
-      patches: uint8 (N, P * P * 3), each patch row by row.
+      patches: uint8 (N, P * P * C), each patch row by row; C is 1 or 3.
       coordinates: (N, 2), the row and column of each patch in the grid.
       mask: bool (N,), which patches are real.
     """
-    side = round((patches.shape[1] / 3) ** 0.5)
+    channels = 1 if round(patches.shape[1] ** 0.5) ** 2 == patches.shape[1] else 3
+    side = round((patches.shape[1] / channels) ** 0.5)
     places = coordinates[mask]
     high, wide = places.max(0) + 1
-    grid = np.zeros((high, wide, side, side, 3), np.uint8)
-    grid[places[:, 0], places[:, 1]] = patches[mask].reshape(-1, side, side, 3)
-    return grid.transpose(0, 2, 1, 3, 4).reshape(high * side, wide * side, 3)
+    grid = np.zeros((high, wide, side, side, channels), np.uint8)
+    grid[places[:, 0], places[:, 1]] = patches[mask].reshape(-1, side, side, channels)
+    return grid.transpose(0, 2, 1, 3, 4).reshape(high * side, wide * side, channels)

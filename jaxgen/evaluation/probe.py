@@ -45,7 +45,7 @@ class OnFeatures(Evaluation):
             raise UserError(f"the evaluation '{self.name}' learns from {self.examples} examples, which should be more")
 
         def function(params, state, batch):
-            found = setting.task.embed_images(params, batch)
+            found = setting.task.embed_images(params, batch, state)
             return {"features": found.astype(jnp.float32), "label": batch["label"]}
 
         size = self.batch_size or whole.default_batch(setting)
@@ -53,7 +53,8 @@ class OnFeatures(Evaluation):
         parts = [whole.rows(d, setting, size, function) for d in (train, whole.held_out(self, data))]
 
         def run(params, state):
-            train, heldout = (Labelled(**part(params, state)) for part in parts)
+            found = [part(params, state) for part in parts]
+            train, heldout = (Labelled(f["features"], f["label"]) for f in found)
             classes = len(getattr(data, "classes", ())) or 1 + int(max(train.label.max(), heldout.label.max()))
             return train, heldout, classes
 

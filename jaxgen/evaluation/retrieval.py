@@ -49,14 +49,10 @@ class Retrieval(Evaluation):
         whole.demand(self, task, "embeds pictures and texts", "embed_images", "embed_texts")
         data = whole.prepared(self, None, setting, "tokens", "lengths")
         dataset = whole.held_out(self, data)
-        gallery = self.among or len(dataset)
-        if gallery > len(dataset):
-            raise UserError(
-                f"the evaluation '{self.name}' looks among {gallery} pairs, and the data holds out {len(dataset)}"
-            )
+        self._gallery(len(dataset))
 
         def embed(params, state, batch):
-            images, texts = task.embed_images(params, batch), task.embed_texts(params, batch)
+            images, texts = task.embed_images(params, batch, state), task.embed_texts(params, batch)
             pair = {"images": images.astype(jnp.float32), "texts": texts.astype(jnp.float32)}
             return pair | {k: batch[k] for k in ("tokens", "lengths")}
 
@@ -66,6 +62,7 @@ class Retrieval(Evaluation):
         def run(params, state, step):
             found = embedded(params, state)
             captions = equal_captions(found["tokens"], found["lengths"])
+            gallery = self._gallery(len(captions))
             sums: dict[str, np.ndarray] = {}
             starts = range(0, len(captions) - gallery + 1, gallery)
             for start in starts:
@@ -89,6 +86,13 @@ class Retrieval(Evaluation):
             return Report(metrics, {self.name: _table(means, gallery, len(starts))}, pictures)
 
         return run
+
+    def _gallery(self, pairs: int) -> int:
+        if self.among > pairs or not pairs:
+            raise UserError(
+                f"the evaluation '{self.name}' looks among {self.among or 'all'} pairs, and the data holds out {pairs}"
+            )
+        return self.among or pairs
 
 
 def recall(ranks: Ranks, k: int) -> float:
@@ -174,9 +178,12 @@ def hits_sheet(
 ) -> np.ndarray:
     """The first gallery's picture: rows of a query and its `top` nearest, first captions to pictures, then back.
 
-    Right answers are framed in green. `found` holds images, texts (N, E), tokens and lengths.
+    Right answers are framed in green. `found` holds images, texts (N, E), tokens, lengths, and index in the dataset.
     """
     top, queries = min(top, gallery), range(min(shown, gallery))
+
+    def picture(i: int) -> np.ndarray:
+        return picture_of(dataset[int(found["index"][i])])
 
     def caption(i: int) -> str:
         if tokenizer is None:
@@ -190,11 +197,11 @@ def hits_sheet(
     for query_kind, answer_kind, asked, answers in ways:
         for i in queries:
             similar = answers[:gallery] @ asked[i]
-            images.append(None if query_kind == "text" else picture_of(dataset[i]))
+            images.append(None if query_kind == "text" else picture(i))
             labels.append(caption(i) if query_kind == "text" else "")
             frames.append(None)
             for j in np.argsort(-similar, kind="stable")[:top].tolist():
-                images.append(None if answer_kind == "text" else picture_of(dataset[j]))
+                images.append(None if answer_kind == "text" else picture(j))
                 labels.append(f"{similar[j]:.3f} {caption(j)}" if answer_kind == "text" else f"{similar[j]:.3f}")
                 frames.append("green" if captions[i] == captions[j] else None)
     return sheet(images, top + 1, labels, frames)

@@ -81,7 +81,8 @@ def batches(dataset: Any, setting: Setting, size: int, function: Function) -> Ca
 
 
 def rows(dataset: Any, setting: Setting, size: int, function: Function) -> Callable[..., dict[str, np.ndarray]]:
-    """As `batches`, for a function whose results are by example: those of all examples, in order, without padding."""
+    """As `batches`, for a function whose results are by example: those of all examples, in order, without those of
+    weight 0 (padding, and what cannot be read); `index` is the place of each in the dataset."""
     compiled = batches(
         dataset, setting, size,
         lambda params, state, batch, *more: {**function(params, state, batch, *more), "weights": batch["weights"]},
@@ -90,7 +91,8 @@ def rows(dataset: Any, setting: Setting, size: int, function: Function) -> Calla
     def run(params, state, *more):
         parts = compiled(params, state, *more)
         real = np.concatenate([p["weights"] for p in parts]) > 0
-        return {k: np.concatenate([p[k] for p in parts])[real] for k in parts[0] if k != "weights"}
+        found = {k: np.concatenate([p[k] for p in parts])[real] for k in parts[0] if k != "weights"}
+        return found | {"index": np.flatnonzero(real)}
 
     return run
 

@@ -51,8 +51,8 @@ class ZeroShot(Evaluation):
 
         def measure(params, state, batch, described):
             # a label without a name is seen below; here it must only not be read beside the logits
-            images = task.embed_images(params, batch).astype(jnp.float32)
-            scale = jnp.minimum(jnp.exp(params["temperature"]["scale"]), task.max_scale)
+            images = task.embed_images(params, batch, state).astype(jnp.float32)
+            scale, _ = task.model.apply({"params": params}, method="scale")
             logits = scale * jnp.matmul(images, described.T, precision="highest")
             unnamed = jnp.sum((batch["label"] >= len(classes)) * batch["weights"])
             label = jnp.minimum(batch["label"], len(classes) - 1)

@@ -22,12 +22,27 @@ class Tables(Task):
 
     max_scale: float = 100.0
 
-    def embed_images(self, params, batch):
+    @property
+    def model(self):
+        return Temperature(self.max_scale)
+
+    def embed_images(self, params, batch, state=None):
         return params["image"][number(batch["image"])]
 
     def embed_texts(self, params, batch):
         assert batch["lengths"].ndim == 1
         return params["text"][batch["tokens"][:, 0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """Stands for CLIP, of which zero-shot asks the temperature alone."""
+
+    max_scale: float
+
+    def apply(self, variables, method):
+        assert method == "scale"
+        return jnp.minimum(jnp.exp(variables["params"]["temperature"]["scale"]), self.max_scale), None
 
 
 @dataclasses.dataclass(frozen=True)
