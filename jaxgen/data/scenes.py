@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,9 @@ COLOURS = {
 WHITE = (240, 240, 240)  # the second colour of textures
 COUNTS = ("a", "two", "three")  # "a" is one
 RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = ("one", "two", "three")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+STEPS = tuple(0.02 * k for k in range(1, 26))  # how far something may move in a clip
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = {
     "in the middle": (0.5, 0.5), "in the top left corner": (0.25, 0.25), "in the top right corner": (0.75, 0.25),
@@ -64,6 +68,7 @@ Split = Literal["train", "recombined", "unseen"]
 
 # In units of the picture's side.
 MARGIN, GAP = 0.015, 0.06  # kept free at the border, and between two objects at least
+CLEAR = 0.1  # by which two groups' centres are farther apart along the axis of their relation than across it
 RADII = {"": {1: (0.12, 0.17), 2: (0.12, 0.16), 3: (0.12, 0.135)}, "small": {}, "large": {}}
 RADII["small"] = dict.fromkeys((1, 2, 3), (0.078, 0.09))
 RADII["large"] = dict.fromkeys((1, 2, 3), (0.12, 0.135))
@@ -229,6 +234,9 @@ def parse(text: str) -> Facts:
 # --- scenes --------------------------------------------------------------------------------------------------------
 
 
+Spot = tuple[float, float, float]  # x, y, radius
+
+
 @dataclasses.dataclass(frozen=True)
 class Scene:
     """What is where. Lengths are in units of the picture's side, y downwards.
@@ -239,7 +247,7 @@ class Scene:
     """
 
     facts: Facts
-    objects: tuple[tuple[tuple[float, float, float], ...], ...]
+    objects: tuple[tuple[Spot, ...], ...]
     background: float
 
 
@@ -276,35 +284,211 @@ def _draw(draws: list[float], level: int, pairs: Sequence[Sequence[tuple[str, st
 
 
 def _arrange(rng: np.random.Generator, facts: Facts) -> Scene:
-    """Puts the objects somewhere: no two touch, and one relation alone is true.
+    """Puts the objects somewhere: no two touch, and one relation alone is true."""
+    background = 12 + 36 * rng.random()
+    while True:
+        objects = tuple(_spots(rng, facts, number) for number in range(len(facts.groups)))
+        if _is_clear(scene := Scene(facts, objects, background)):
+            return scene
 
-    A group stands in its half of the picture, its objects beside one another along the line that divides the halves
-    and about the middle of it, so that the centres of two groups differ far more across that line than along it.
-    """
-    draws = rng.random(16).tolist()
-    objects = []
+
+def _spots(rng: np.random.Generator, facts: Facts, number: int) -> tuple[Spot, ...]:
+    """Places for one group: in its half of the picture, in a row along the line that divides the halves."""
+    group = facts.groups[number]
+    least, most = RADII[group.size][group.count]
+    draws = rng.random(8).tolist()
+    radius = least + (most - least) * draws.pop()
+    if facts.place:
+        x, y = PLACES[facts.place]
+        return ((x + 0.1 * (draws.pop() - 0.5), y + 0.1 * (draws.pop() - 0.5), radius),)
+    first = (facts.relation in ("left of", "above")) == (number == 0)  # this group is in the left or upper half
+    low, high = MARGIN + radius, 0.5 - GAP / 2 - radius
+    step = 2 * radius + GAP
+    slack = min(1 - 2 * low - (group.count - 1) * step, 0.4)
+    begin = 0.5 - (slack + (group.count - 1) * step) / 2
+    spots = []
+    for k, share in enumerate(sorted(draws[: group.count])):
+        along, across = begin + k * step + slack * share, low + (high - low) * draws.pop()
+        across = across if first else 1 - across
+        spots.append((along, across, radius) if facts.relation in ("above", "below") else (across, along, radius))
+    return tuple(spots)
+
+
+def _is_clear(scene: Scene) -> bool:
+    """Whether all objects are inside and apart, and the relation is true and the other axis's is not."""
+    spots = [spot for group in scene.objects for spot in group]
+    for k, (x, y, radius) in enumerate(spots):
+        low = MARGIN + radius - 1e-9
+        if not (low <= x <= 1 - low and low <= y <= 1 - low):
+            return False
+        for other_x, other_y, other_radius in spots[:k]:
+            if max(abs(x - other_x), abs(y - other_y)) < radius + other_radius + GAP - 1e-9:
+                return False
+    if len(scene.objects) == 1:
+        return True
+    (x, y), (other_x, other_y) = _centres(scene)
+    ahead = {"left of": other_x - x, "right of": x - other_x, "above": other_y - y, "below": y - other_y}
+    across = y - other_y if scene.facts.relation in ("left of", "right of") else x - other_x
+    return ahead[scene.facts.relation] >= abs(across) + CLEAR
+
+
+def _centres(scene: Scene) -> list[tuple[float, float]]:
+    return [tuple(sum(s[k] for s in group) / len(group) for k in (0, 1)) for group in scene.objects]
+
+
+# --- questions, edits, clips ---------------------------------------------------------------------------------------
+
+
+def questions(scene: Scene) -> tuple[tuple[str, str], ...]:
+    """Questions about a scene with their answers, as many answered "yes" as "no"."""
+    facts, found = scene.facts, []
+    pairs = [(g.shape, g.colour) for g in facts.groups]
     for number, group in enumerate(facts.groups):
-        least, most = RADII[group.size][group.count]
-        radius = least + (most - least) * draws.pop()
-        if facts.place:
-            x, y = PLACES[facts.place]
-            objects.append(((x + 0.1 * (draws.pop() - 0.5), y + 0.1 * (draws.pop() - 0.5), radius),))
+        others = [g for k, g in enumerate(facts.groups) if k != number]
+        are, noun = ("is", "are")[group.count > 1], plural(group.shape, group.count)
+        name = f"{group.colour} {noun}"
+        if others:
+            found.append((f"how many {group.colour} {plural(group.shape)} are there?", NUMBERS[group.count - 1]))
+        if all(g.shape != group.shape for g in others):
+            found.append((f"what colour {are} the {noun}?", group.colour))
+        if all(g.colour != group.colour for g in others):
+            found.append((f"what shape {are} the {group.colour} {plural('object', group.count)}?", group.shape))
+        if group.size:
+            found.append((f"what size {are} the {name}?", group.size))
+            found.append((f"what texture {'have' if group.count > 1 else 'has'} the {name}?", group.texture))
+        following = list(COLOURS)[list(COLOURS).index(group.colour) + 1 :] + list(COLOURS)
+        absent = next(c for c in following if (group.shape, c) not in pairs)
+        found += [(f"is there a {group.colour} {group.shape}?", "yes"), (f"is there a {absent} {group.shape}?", "no")]
+    if facts.place:
+        found.append((f"where is the {name}?", facts.place))
+    else:
+        (first, second), relation = facts.groups, facts.relation
+        are, a, b = "are" if first.count > 1 else "is", _short(first), _short(second)
+        found += [(f"{are} the {a} {r} the {b}?", "yes" if r == relation else "no")
+                  for r in (relation, OPPOSITE[relation])]
+    return tuple(found)
+
+
+def _short(group: Group) -> str:
+    """ "red squares": as much as tells one group of a scene from the other."""
+    return f"{group.colour} {plural(group.shape, group.count)}"
+
+
+def edit(scene: Scene, rng: np.random.Generator) -> tuple[Scene, str]:
+    """The scene with one fact changed, and the instruction that changes it.
+
+    All else stays in its place if it can; another relation mirrors the picture or turns it over its diagonal.
+    What is made of a training scene is one, too.
+    """
+    options = [(kind, group, f) for kind, group, changed in alternatives(scene.facts) for f in changed]
+    for choice in rng.permutation(len(options)):
+        kind, group, facts = options[choice]
+        if facts.groups[group].shape in DIGITS:  # digits are plain
+            facts = facts.replace("texture", group, facts.groups[group].texture and "plain")
+        if abs(facts.groups[group].count - scene.facts.groups[group].count) > 1 or facts.split is None:
             continue
-        first = facts.relation in ("left of", "above")  # the first group is in the left or upper half
-        low, high = (MARGIN + radius, 0.5 - GAP / 2 - radius)
-        step = 2 * radius + GAP
-        slack = min(1 - 2 * MARGIN - 2 * radius - (group.count - 1) * step, 0.4)
-        free = sorted(draws.pop() for _ in range(group.count))
-        begin = 0.5 - (slack + (group.count - 1) * step) / 2
-        spots = []
-        for place, share in enumerate(free):
-            if group.count == 1:
-                share = 0.5 + 0.7 * (share - 0.5)
-            along, across = begin + place * step + slack * share, low + (high - low) * draws.pop()
-            across = across if first == (number == 0) else 1 - across
-            spots.append((along, across, radius) if facts.relation in ("above", "below") else (across, along, radius))
-        objects.append(tuple(spots))
-    return Scene(facts, tuple(objects), 12 + 36 * draws.pop())
+        if len({(g.shape, g.colour) for g in facts.groups}) < len(facts.groups):
+            continue
+        if (scene.facts.split == "train") <= (facts.split == "train"):
+            return _edited(scene, facts, kind, group, rng), _instruction(scene.facts, facts, kind, group)
+    raise AssertionError(f"there is no edit of '{caption(scene)}'")
+
+
+def _instruction(before: Facts, after: Facts, kind: str, number: int) -> str:
+    old, new = before.groups[number], after.groups[number]
+    name = _short(old)
+    if kind == "shape":
+        return f"turn the {name} into {'a ' if old.count == 1 else ''}{plural(new.shape, new.count)}"
+    if kind == "count":
+        return f"{'add' if new.count > old.count else 'remove'} a {old.colour} {old.shape}"
+    if kind == "place":
+        return f"move the {name} {after.place.replace('in', 'to', 1)}"
+    if kind == "relation":
+        to = "to the " if after.relation in ("left of", "right of") else ""
+        return f"move the {name} {to}{after.relation} the {_short(before.groups[1])}"
+    return f"make the {name} {getattr(new, kind)}"
+
+
+def _edited(scene: Scene, facts: Facts, kind: str, number: int, rng: np.random.Generator) -> Scene:
+    own = scene.objects[number]
+    if kind == "relation":
+        return dataclasses.replace(scene, facts=facts, objects=_turned(scene, facts.relation))
+    if kind == "count" and facts.groups[number].count < len(own):
+        gone = rng.integers(len(own))
+        own = own[:gone] + own[gone + 1 :]
+    if kind == "size":
+        least, most = RADII[facts.groups[number].size][len(own)]
+        radius = float(rng.uniform(least, most))
+        own = tuple((x, y, radius) for x, y, _ in own)
+
+    def with_own(spots: tuple[Spot, ...]) -> Scene:
+        return Scene(facts, (*scene.objects[:number], spots, *scene.objects[number + 1 :]), scene.background)
+
+    if kind == "place":
+        return with_own(_spots(rng, facts, number))
+    if facts.groups[number].count > len(own):
+        for x, y in rng.uniform(0, 1, (64, 2)).tolist():
+            if _is_clear(new := with_own((*own, (x, y, own[0][2])))):
+                return new
+    new = with_own(own)
+    # Not in its old places, or not there without a doubt about the relation: then anew.
+    while facts.groups[number].count != len(new.objects[number]) or not _is_clear(new):
+        new = with_own(_spots(rng, facts, number))
+    return new
+
+
+def _turned(scene: Scene, relation: str) -> tuple[tuple[Spot, ...], ...]:
+    """The objects of a scene mirrored or transposed so that another relation is true of them."""
+    axis = {"left of": 0, "right of": 0, "above": 1, "below": 1}
+    old = scene.facts.relation
+    transposed = axis[old] != axis[relation]
+    mirrored = (old in ("right of", "below")) != (relation in ("right of", "below"))
+
+    def turned(x: float, y: float, radius: float) -> Spot:
+        if transposed:
+            x, y = y, x
+        if mirrored:
+            x, y = (1 - x, y) if axis[relation] == 0 else (x, 1 - y)
+        return x, y, radius
+
+    return tuple(tuple(turned(*spot) for spot in group) for group in scene.objects)
+
+
+def clip(scene: Scene, frames: int, rng: np.random.Generator) -> tuple[tuple[Scene, ...], str]:
+    """A short clip: the scenes of its frames, of which this is the first, and a caption that tells the motion, too.
+
+    At level 1 the object goes to another place, else one group goes straight in one direction as far as it can.
+    """
+    group = scene.facts.groups[0]
+    if scene.facts.place:
+        place = list(PLACES)[(list(PLACES).index(scene.facts.place) + rng.integers(1, len(PLACES))) % len(PLACES)]
+        end = _spots(rng, dataclasses.replace(scene.facts, place=place), 0)[0]
+        begin = scene.objects[0][0]
+        text = f"{group} moves {scene.facts.place.replace('in', 'from', 1)} {place.replace('in', 'to', 1)}"
+        return _frames(scene, 0, (end[0] - begin[0], end[1] - begin[1]), frames), text
+    rooms = {}
+    for number, (direction, (dx, dy)) in itertools.product((0, 1), DIRECTIONS.items()):
+        steps = itertools.takewhile(lambda d: _is_clear(_moved(scene, number, d * dx, d * dy)), STEPS)  # noqa: B023
+        rooms[number, direction] = max(steps, default=0.0)
+    # Any motion that can be seen well, or else the widest.
+    good = [way for way, room in rooms.items() if room >= min(0.1, max(rooms.values()))]
+    number, direction = good[rng.integers(len(good))]
+    room, moving, (dx, dy) = rooms[number, direction], scene.facts.groups[number], DIRECTIONS[direction]
+    if not room:
+        return _frames(scene, 0, (0, 0), frames), f"{caption(scene)}, and nothing moves"
+    text = f"{caption(scene)}, and the {_short(moving)} {'moves' if moving.count == 1 else 'move'} {direction}"
+    return _frames(scene, number, (dx * room, dy * room), frames), text
+
+
+def _moved(scene: Scene, number: int, dx: float, dy: float) -> Scene:
+    objects = list(scene.objects)
+    objects[number] = tuple((x + dx, y + dy, radius) for x, y, radius in objects[number])
+    return dataclasses.replace(scene, objects=tuple(objects))
+
+
+def _frames(scene: Scene, number: int, step: tuple[float, float], frames: int) -> tuple[Scene, ...]:
+    shares = [k / max(frames - 1, 1) for k in range(frames)]
+    return tuple(_moved(scene, number, share * step[0], share * step[1]) for share in shares)
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
@@ -447,11 +631,16 @@ class Scenes(Data):
 
 
 def _texts() -> Iterator[str]:
-    """What tokenizers learn from: captions of every level, always the same."""
+    """What tokenizers learn from: captions, questions and instructions of every level, always the same."""
     for level in LEVELS:
         rng = np.random.default_rng(level)
-        for _ in range(500):
-            yield caption(sample(rng, level))
+        for k in range(400):
+            scene = sample(rng, level)
+            yield caption(scene)
+            if k % 4 == 0:
+                yield from (text for pair in questions(scene) for text in pair)
+                yield edit(scene, rng)[1]
+                yield clip(scene, 2, rng)[1]
 
 
 class PreparedScenes(Prepared):
@@ -502,8 +691,7 @@ class PreparedScenes(Prepared):
         from jaxgen.data import images, transforms
 
         size = self.data.size
-        image = images.decode(data)
-        return transforms.Resize((size, size))(image, np.random.default_rng(0))
+        return transforms.resize(images.decode(data), size, size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 
 from jaxgen.data import scenes
-from jaxgen.data.scenes import Facts, Group, coverage, parse, white
+from jaxgen.data.scenes import Facts, Group, PreparedScenes, caption, coverage, parse, white
+from jaxgen.errors import UserError
+from jaxgen.evaluation import whole
+from jaxgen.evaluation.base import Evaluation, Report, Setting
+from jaxgen.evaluation.zeroshot import text_embedder
 
 # --- reading a picture ---------------------------------------------------------------------------------------------
 
@@ -246,3 +251,89 @@ def chance(level: int, scenes_drawn: int = 4000) -> dict[str, float]:
             before = total.get(kind, (0, 0))
             total[kind] = before[0] + right, before[1] + count
     return {kind: right / count for kind, (right, count) in total.items()}
+
+
+# --- the zero-shot test --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneFacts(Evaluation):
+    """Whether a contrastive model tells the true caption of a scene from those with one fact changed.
+
+    Each fact of the caption (of each group) is replaced by every other value in turn; it is right when the true caption
+    is nearer to the picture than all of those. Metrics are shares by kind of fact on the `recombined` split, and as
+    `unseen/shape` and so on on the other; the report's text gives them beside chance.
+    """
+
+    name: str = "facts"
+    examples: int = 512
+    """Held-out scenes of each split."""
+    batch_size: int = 0
+    """Pictures, and texts, at a time; 0 for the training batch's."""
+
+    def build(self, setting: Setting):
+        import grain
+
+        task, data = setting.task, setting.data
+        whole.demand(self, task, "embeds pictures and texts", "embed_images", "embed_texts")
+        if not isinstance(data, PreparedScenes):
+            raise UserError(f"the evaluation '{self.name}' needs the data Scenes, whose facts are known")
+        size = self.batch_size or whole.default_batch(setting)
+        truths = {split: [data.heldout_scene(i, split).facts for i in range(self.examples)] for split in HELD_OUT}
+        number: dict[str, int] = {}  # of each different text
+        tests = {
+            split: [_test(facts, lambda f: number.setdefault(caption(f), len(number))) for facts in found]
+            for split, found in truths.items()
+        }
+        texts = text_embedder(setting, list(number), size)
+        pictures = {
+            split: whole.rows(
+                grain.MapDataset.range(self.examples).map(_Picture(data, split)), setting, size,
+                lambda params, state, batch: {"image": task.embed_images(params, batch, state).astype(jnp.float32)},
+            )
+            for split in HELD_OUT
+        }  # fmt: skip
+
+        def run(params, state, step):
+            described = np.asarray(texts(params, state), np.float64)
+            metrics, table = {}, [f"{'':<12}" + "".join(f"{name:>12}" for name in (*HELD_OUT, "chance"))]
+            shares: dict[str, dict[str, float]] = {}
+            for split in HELD_OUT:
+                embedded = np.asarray(pictures[split](params, state)["image"], np.float64)
+                total: Score = {}
+                for picture, test in zip(embedded, tests[split], strict=True):
+                    for kind, true, others in test:
+                        won = picture @ described[true] > (described[others] @ picture).max() + NEAR
+                        right, count = total.get(kind, (0, 0))
+                        total[kind] = right + int(won), count + 1
+                shares[split] = {kind: right / count for kind, (right, count) in total.items()}
+                prefix = "" if split == "recombined" else f"{split}/"
+                metrics |= {prefix + kind: share for kind, share in shares[split].items()}
+            for kind in shares["recombined"]:
+                chance = 1 / len(scenes.choices(kind, data.data.level))
+                values = [*(shares[split].get(kind, float("nan")) for split in HELD_OUT), chance]
+                table.append(f"{kind:<12}" + "".join(f"{value:>12.4f}" for value in values))
+            return Report(metrics, {self.name: "\n".join(table) + "\n"})
+
+        return run
+
+
+HELD_OUT = ("recombined", "unseen")
+NEAR = 1e-6
+"""Similarities nearer than this are equal: float32 cannot tell which is higher."""
+
+
+def _test(facts: Facts, number: Callable[[Facts], int]) -> list[tuple[str, int, list[int]]]:
+    """(kind, number of the true text, numbers of the false ones) of each fact."""
+    true = number(facts)
+    return [(kind, true, [number(f) for f in changed]) for kind, _, changed in scenes.alternatives(facts)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    data: PreparedScenes
+    split: str
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        image = scenes.render(self.data.heldout_scene(index, self.split), self.data.data.size)
+        return {"image": image, "weights": np.float32(1)}
