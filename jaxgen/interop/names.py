@@ -2,9 +2,9 @@
 
     Rule("encoder.layers.{layer}.q_proj.weight", "params/blocks/query/kernel", "(h d) e -> e h d")
 
-says where a tensor stands here and how its axes lie. A number in braces that our path lacks is a leading axis here, along
-which theirs are stacked ({layer}; two, such as {layer} and {expert}, are two axes). A rule with several of our paths has
-them as parts of one tensor of theirs, along the first axis on the right: `"(n h d) e -> n e h d"`.
+says where a tensor stands here and how its axes lie. A number in braces that our path lacks is a leading axis here,
+along which theirs are stacked ({layer}; two, such as {layer} and {expert}, are two axes). A rule with several of our
+paths has them as parts of one tensor of theirs, along the first axis on the right: `"(n h d) e -> n e h d"`.
 """
 
 import dataclasses

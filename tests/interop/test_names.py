@@ -30,8 +30,10 @@ MAP = NameMap(
 def theirs():
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    tensors = {"conv.weight": draw(E, 3, 2, 2), "probe": draw(1, 1, E), "scale": draw(1), "stage.0.unit.12.weight": draw(5),
-               "stage.0.unit.12.batches": np.zeros((), np.int64)}  # fmt: skip
+    tensors = {
+        "conv.weight": draw(E, 3, 2, 2), "probe": draw(1, 1, E), "scale": draw(1),
+        "stage.0.unit.12.weight": draw(5), "stage.0.unit.12.batches": np.zeros((), np.int64),
+    }  # fmt: skip
     for i in range(LAYERS):
         tensors |= {f"layers.{i}.q.weight": draw(H * D, E), f"layers.{i}.q.bias": draw(H * D)}
         tensors[f"layers.{i}.kv.weight"] = draw(2 * H * D, E)
@@ -123,8 +125,8 @@ def test_every_key_that_does_not_fit_is_listed(theirs):
     theirs["probe"] = theirs["probe"].astype(np.int32)
     theirs["old.position_ids"] = np.zeros(3, np.int64)   # known to stand in old files
     theirs["decoder.bias"] = np.zeros(3, np.float32)
-    target = {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in {
-        "blocks/query/bias": (LAYERS, H, D), "patch/kernel": (12, E), "probe": (E,), "stage0_unit12/scale": (5,)}.items()}
+    sizes = {"blocks/query/bias": (LAYERS, H, D), "patch/kernel": (12, E), "probe": (E,), "stage0_unit12/scale": (5,)}
+    target = {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in sizes.items()}
     kept = {k: v for k, v in theirs.items() if k.startswith(("conv", "probe", "decoder", "old")) or "bias" in k}
     with pytest.raises(UserError) as caught:
         MAP.expand(target).read(kept, target, "DIR")

@@ -14,8 +14,8 @@ from jaxgen.interop.safetensors import Lazy, Tensors, write
 @pytest.fixture
 def arrays():
     rng = np.random.default_rng(0)
-    floats = {name: rng.normal(size=(3, 5)).astype(dtype) for name, dtype in
-              [("f32", np.float32), ("f16", np.float16), ("bf16", ml_dtypes.bfloat16), ("f64", np.float64)]}  # fmt: skip
+    formats = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f64": np.float64}
+    floats = {name: rng.normal(size=(3, 5)).astype(dtype) for name, dtype in formats.items()}
     return {**floats, "scalar": np.array(3.5, np.float32), "count": np.array([7], np.int64),
             "empty": np.zeros((0, 4), np.float32)}  # fmt: skip
 
