@@ -30,8 +30,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxgen.data import cache as caching
 from jaxgen.data import glyphs
-from jaxgen.data.base import Data, Prepared, Progress
-from jaxgen.data.captions import encode_captions
+from jaxgen.data.base import Data, Progress
+from jaxgen.data.imagetext import Captions, View
 from jaxgen.data.tokenizers import Tokenizer, TokenizerConfig, Words
 from jaxgen.errors import UserError
 
@@ -643,11 +643,11 @@ def _texts() -> Iterator[str]:
                 yield clip(scene, 2, rng)[1]
 
 
-class PreparedScenes(Prepared):
+class PreparedScenes(Captions):
     """See `Prepared`."""
 
     def __init__(self, data: Scenes, tokenizer: Tokenizer):
-        self.data, self.tokenizer = data, tokenizer
+        self.data, self.tokenizer, self.length, self.view = data, tokenizer, data.length, View(data.size)
         longest = max((caption(self.scene(0, i)) for i in range(300)), key=lambda text: len(tokenizer.encode(text)))
         if (needed := len(tokenizer.encode(longest)) + 1) > data.length:
             raise UserError(f"data.length is {data.length}, too short for the captions of level {data.level}: "
@@ -667,8 +667,8 @@ class PreparedScenes(Prepared):
         split = split or self.data.split
         return sample(_generator(1 + SPLITS.index(split), 0, index), self.data.level, split)
 
-    def example(self, scene: Scene) -> dict[str, np.ndarray]:
-        """An example of a batch, without weights."""
+    def pair(self, scene: Scene) -> dict[str, np.ndarray]:
+        """The example of a scene, without weights."""
         tokens, lengths = self.encode([caption(scene)])
         return {"image": render(scene, self.data.size), "tokens": tokens[0], "lengths": lengths[0]}
 
@@ -682,17 +682,6 @@ class PreparedScenes(Prepared):
 
         return grain.MapDataset.range(self.data.heldout).map(_HeldOut(self))
 
-    def encode(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "n length"], Int[np.ndarray, " n"]]:
-        """Tokens and lengths of captions, as in a batch."""
-        return encode_captions(self.tokenizer, texts, self.data.length)
-
-    def picture(self, data: bytes) -> UInt8[np.ndarray, "size size 3"]:
-        """A picture file as the model sees it: whole, at the size of the scenes."""
-        from jaxgen.data import images, transforms
-
-        size = self.data.size
-        return transforms.resize(images.decode(data), size, size)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Train:
@@ -700,7 +689,7 @@ class _Train:
     seed: int
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
-        return self.scenes.example(self.scenes.scene(self.seed, index))
+        return self.scenes.pair(self.scenes.scene(self.seed, index))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -708,7 +697,7 @@ class _HeldOut:
     scenes: PreparedScenes
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
-        return self.scenes.example(self.scenes.heldout_scene(index)) | {"weights": np.float32(1)}
+        return self.scenes.pair(self.scenes.heldout_scene(index)) | {"weights": np.float32(1)}
 
 
 def _generator(*seeds: int) -> np.random.Generator:
