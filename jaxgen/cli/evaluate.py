@@ -1,7 +1,12 @@
 """`jaxgen eval RUN`."""
 
+import io
 import json
+import sys
 from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 from jaxgen.cli import options
 from jaxgen.cli.main import DONE
@@ -11,7 +16,8 @@ from jaxgen.errors import UserError
 def parser() -> options.Parser:
     parser = options.Parser(
         "eval",
-        "Makes the experiment's own measurements of a step of a run, on its data or other.",
+        "Makes the experiment's own measurements of a step of a run, on its data or other. What it finds is printed, "
+        "and kept under RUN/eval as JSON, with its pictures.",
         usage="jaxgen eval RUN [--step N|latest|best] [--weights ema|raw] [--json] [--data.path PATH ...]",
     )
     options.add_run(parser)
@@ -37,16 +43,19 @@ def run(argv: Sequence[str]) -> int:
     data = experiment.data.prepare(progress=Console(1, "", jax.process_index() == 0).prepare)
     experiment.task.check_data(data)
     setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed)
-    metrics, texts = {}, {}
+    metrics, texts, images = {}, {}, {}
     for evaluation in experiment.evaluations:
         report = evaluation.build(setting)(opened.params, opened.state, opened.step)
         metrics |= {f"eval/{evaluation.name}/{name}": value for name, value in report.metrics.items()}
         texts |= report.texts
+        images |= report.images
     if jax.process_index() > 0:
         return DONE
+    told = {"run": str(opened.directory), "step": opened.step, "weights": arguments.weights, "overrides": overrides}
+    told |= {"metrics": metrics, "texts": texts}
+    where = _keep(opened.directory / "eval", told, images)
     if arguments.json:
-        told = {"run": str(opened.directory), "step": opened.step, "weights": arguments.weights}
-        print(json.dumps({**told, "metrics": metrics, "texts": texts}, indent=1))
+        print(json.dumps(told, indent=1))
         return DONE
     print(f"{opened.directory}, step {opened.step}, {arguments.weights} weights")
     width = max(map(len, metrics), default=0)
@@ -54,4 +63,33 @@ def run(argv: Sequence[str]) -> int:
         print(f"{name:<{width}}  {value:.6g}")
     for name, text in texts.items():
         print(f"\n{name}\n\n{text}")
+    if where:
+        print(f"\n{where}")
+    for path in told["images"].values():
+        print(path)
     return DONE
+
+
+def _keep(folder: Path, told: dict[str, Any], images: dict[str, Any]) -> Path | None:
+    """Writes what was found, with its pictures, whose paths go into `told`; where, or None for a folder that cannot be
+    written. Measurements of other data, or with other settings, have files of their own."""
+    from jaxgen.files import write_whole
+
+    name = f"{told['step']:08d}-{told['weights']}"
+    if told["overrides"]:
+        name += f"-{sha256(json.dumps(told['overrides']).encode()).hexdigest()[:8]}"
+    told["images"] = {}
+    try:
+        folder.mkdir(exist_ok=True)
+        for key, image in images.items():
+            from PIL import Image
+
+            content = io.BytesIO()
+            Image.fromarray(image).save(content, "PNG")
+            write_whole(folder / f"{name}-{key}.png", content.getvalue())
+            told["images"][key] = str(folder / f"{name}-{key}.png")
+        write_whole(folder / f"{name}.json", json.dumps(told, indent=1) + "\n")
+    except OSError as error:
+        print(f"what was found is not kept: {folder} cannot be written ({error.strerror})", file=sys.stderr)
+        return None
+    return folder / f"{name}.json"

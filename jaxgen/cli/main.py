@@ -16,6 +16,7 @@ VERBS = {
     "show": ("show", "what an experiment is: fields, parameters, FLOPs, sharding"),
     "sample": ("sample", "sample from a run"),
     "eval": ("evaluate", "measure a run"),
+    "search": ("search", "rank pictures by how near they are to a text"),
     "tokenizer": ("tokenizer", "train a tokenizer"),
 }
 DONE, MISTAKE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 0, 2, 75, 130, 141

@@ -33,7 +33,7 @@ class OnFeatures(Evaluation):
     data: Data | None = None
     """Labelled pictures; None for the experiment's own. Its augmentation is what training examples are read with."""
     examples: int = 10_000
-    """Training examples that are learned from: the first of the endless training data, so no more than it has."""
+    """Training examples that are learned from, or all where the data has fewer."""
     batch_size: int = 0
     """Examples at a time; 0 for the training batch's."""
 
@@ -49,7 +49,8 @@ class OnFeatures(Evaluation):
             return {"features": found.astype(jnp.float32), "label": batch["label"]}
 
         size = self.batch_size or whole.default_batch(setting)
-        train = data.train(setting.seed)[: self.examples].map(_real)
+        count = len(data.names("train")) if hasattr(data, "names") else self.examples   # then they come again
+        train = data.train(setting.seed)[: min(self.examples, count)].map(_real)
         parts = [whole.rows(d, setting, size, function) for d in (train, whole.held_out(self, data))]
 
         def run(params, state):
@@ -219,7 +220,9 @@ class NearestNeighbours(OnFeatures):
 
     name: str = "neighbours"
     k: int = 20
+    """Neighbours that vote."""
     temperature: float = 0.07
+    """How fast a vote weighs less with the distance."""
 
     def build(self, setting: Setting):
         if self.k < 1 or self.temperature <= 0:

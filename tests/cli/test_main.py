@@ -71,7 +71,7 @@ def test_exit_code_is_the_verbs(verb, returned, code):
     ("argv", "said"),
     [
         (["trian"], "there is no command 'trian'; did you mean 'train'?"),
-        (["qqq"], "there is no command 'qqq'; the commands are train, show, sample, eval, tokenizer"),
+        (["qqq"], "there is no command 'qqq'; the commands are train, show, sample, eval, search, tokenizer"),
         (["tokenizer"], "the command is jaxgen tokenizer train"),
         (["tokenizer", "trian"], "the command is jaxgen tokenizer train; did you mean 'train'?"),
         (["tokenizer", "train"], "the following arguments are required: --output"),
@@ -101,7 +101,7 @@ def test_mistakes(argv, said, capsys):
     assert printed.err.startswith(f"jaxgen: {said}") and printed.err.count("\n") == 1 and printed.out == ""
 
 
-@pytest.mark.parametrize("verb", ["train", "show", "sample", "eval", "tokenizer"])
+@pytest.mark.parametrize("verb", ["train", "show", "sample", "eval", "search", "tokenizer"])
 def test_every_verb_has_help(verb, capsys):
     try:
         code = cli.main([verb, "--help"])
