@@ -8,9 +8,18 @@ import jax.numpy as jnp
 
 from jaxgen.errors import UserError
 from jaxgen.interop import layers
-from jaxgen.interop.formats import HALF, OPENAI, Format, Pictures, activation, activation_name, preprocessed
+from jaxgen.interop.formats import (
+    HALF,
+    OPENAI,
+    Format,
+    Pictures,
+    activation,
+    activation_name,
+    default_width,
+    preprocessed,
+)
 from jaxgen.interop.names import LINEAR, SKIP, NameMap, Rule
-from jaxgen.interop.vit import PATCHES, default_width, picture, sizes, timm_rules, timm_vit
+from jaxgen.interop.vit import PATCHES, picture, sizes, timm_rules, timm_vit
 from jaxgen.models.clip import CLIP
 from jaxgen.models.text import TextTower
 from jaxgen.models.vit import ViT

@@ -77,7 +77,8 @@ class Format(abc.ABC):
         except (KeyError, AttributeError) as error:   # a part that the family has not
             kind = type(module).__name__
             raise UserError(f"a {kind} of this kind cannot be written as {self.name}: {error}") from None
-        differing = [d for d in record.differences(again, module) if d.path.split(".")[-1] not in RUNTIME]
+        found = record.differences(again, default_width(module))
+        differing = [d for d in found if d.path.split(".")[-1] not in RUNTIME]
         if differing:
             told = ", ".join(f"{d.path} is {d.new!r} and would be {d.old!r}" for d in differing[:8])
             raise UserError(f"the model cannot be written as {self.name}: {told}")
@@ -166,6 +167,16 @@ def written(format: Format, module: nn.Module, leaves: Mapping[str, Any], dtype:
     leaves = flat(leaves)
     expanded: Expanded = format.names(module).expand(leaves)
     return expanded.written(leaves, dtype)
+
+
+def default_width(module: nn.Module) -> nn.Module:
+    """The module with 0 for a feed-forward width that is its default, its towers too."""
+    parts = {f.name: getattr(module, f.name) for f in record.fields(module)}
+    parts = {name: default_width(value) for name, value in parts.items() if isinstance(value, nn.Module)}
+    width = getattr(module, "mlp_width", 0)
+    if width and width == module.clone(mlp_width=0).block.mlp.width:
+        parts["mlp_width"] = 0
+    return module.clone(**parts)
 
 
 # What the projects' words have in common.

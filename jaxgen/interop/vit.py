@@ -16,6 +16,7 @@ from jaxgen.interop.formats import (
     Pictures,
     activation,
     activation_name,
+    default_width,
     preprocessed,
     require,
 )
@@ -23,12 +24,6 @@ from jaxgen.interop.names import LINEAR, SKIP, NameMap, Rule
 from jaxgen.models.vit import ViT
 
 PATCHES = "e c p q -> (p q c) e"
-
-
-def default_width(tower: Any) -> Any:
-    """The tower with 0 for a feed-forward width that is its default."""
-    same = tower.mlp_width and tower.mlp_width == tower.clone(mlp_width=0).block.mlp.width
-    return tower.clone(mlp_width=0) if same else tower
 
 
 def sizes(vit: ViT) -> dict[str, int]:
@@ -116,7 +111,7 @@ class TimmViTFormat(Format):
         return timm_vit(config["architecture"], config.get("model_args") or {}, tensors, "")
 
     def names(self, module):
-        return NameMap(timm_rules("", "params"), **sizes(module))
+        return NameMap(timm_rules("", "params", "fc_norm" if module.norm_pooled else "norm"), **sizes(module))
 
     def config(self, module):
         raise UserError("models are not written in timm's form; --format huggingface is")
@@ -166,12 +161,12 @@ def timm_vit(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[s
         norm_epsilon=1e-5 if "_clip_" in architecture else 1e-6,
         activation="gelu" if siglip else "quick_gelu" if quick else "gelu_exact",
         patch_bias=f"{at}patch_embed.proj.bias" in tensors, pre_norm=f"{at}norm_pre.weight" in tensors,
-        head_bias=head is None or f"{at}head.bias" in tensors,
+        head_bias=head is None or f"{at}head.bias" in tensors, norm_pooled=f"{at}fc_norm.weight" in tensors,
     ))  # fmt: skip
 
 
-def timm_rules(at: str, ours: str) -> list[Rule]:
-    """Names of timm's VisionTransformer."""
+def timm_rules(at: str, ours: str, norm: str = "norm") -> list[Rule]:
+    """Names of timm's VisionTransformer, whose final norm has another name where it is of the mean."""
     pool = f"{ours}/attention_pool"
     joint = layers.joint_attention(
         pool, f"{at}attn_pool.kv.weight", f"{at}attn_pool.kv.bias", f"{at}attn_pool.proj", ("key", "value")
@@ -183,7 +178,7 @@ def timm_rules(at: str, ours: str) -> list[Rule]:
         *layers.linear(f"{at}patch_embed.proj", f"{ours}/patch_embedding", PATCHES),
         *layers.norm(f"{at}norm_pre", f"{ours}/embedding_norm"),
         *layers.block(f"{at}blocks.{{layer}}.", f"{ours}/blocks", layers.TIMM),
-        *layers.norm(f"{at}norm", f"{ours}/final_norm"),
+        *layers.norm(f"{at}{norm}", f"{ours}/final_norm"),
         Rule(f"{at}attn_pool.latent", f"{pool}/probe", "1 1 e -> e"),
         Rule(f"{at}attn_pool.q.weight", f"{pool}/query/kernel", layers.HEADS),
         Rule(f"{at}attn_pool.q.bias", f"{pool}/query/bias", "(h d) -> h d"),
