@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,13 +65,33 @@ def endless(example: Callable[[int], dict[str, np.ndarray]], size: int, seed: in
     """
     import grain
 
-    # Grain's shuffle hands down epoch * size + place, in constant time; it seeds epoch e with seed + e, so that
-    # neighbouring seeds would share epochs but for `fold`.
-    return grain.MapDataset.range(size).map_with_index(_At(example)).shuffle(fold(seed)).repeat()
+    if size < 1 << 16:  # Grain's shuffle takes the longer the smaller the set is, up to half a millisecond an example
+        return grain.MapDataset.range(sys.maxsize).map(_Shuffled(example, size, fold(seed)))
+    # Grain's shuffle hands down epoch * size + place; it seeds epoch e with seed + e, so that neighbouring seeds would
+    # share epochs but for `fold`.
+    return grain.MapDataset.range(size).map_with_index(At(example)).shuffle(fold(seed)).repeat()
 
 
 @dataclasses.dataclass(frozen=True)
-class _At:
+class _Shuffled:
+    """The same from a table of each epoch's order."""
+
+    example: Callable[[int], dict[str, np.ndarray]]
+    size: int
+    seed: int
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        epoch, place = divmod(int(index), self.size)
+        return self.example(epoch * self.size + int(_order(self.seed, epoch, self.size)[place]))
+
+
+@functools.lru_cache(maxsize=64)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
     """The example at an index that counts on through the epochs (a Grain source would see it within its epoch only)."""
 
     example: Callable[[int], dict[str, np.ndarray]]
@@ -102,13 +125,31 @@ class Rows:
     def read(self, step: int) -> tuple[dict[str, np.ndarray], list[Skipped]]:
         """The rows, and what was skipped while they were read."""
         first, size = step * self.batch_size, len(self.dataset)
+        batch: dict[str, np.ndarray] = {}
         told: list[Skipped] = []
         token = _collecting.set(told)
         try:
-            examples = [self.dataset[first + row] for row in self.rows if first + row < size]
+            for place, row in enumerate(self.rows):
+                if first + row >= size:
+                    batch = batch or self._empty(self.dataset[0])
+                    for values in batch.values():
+                        values[place:] = 0
+                    break
+                example = self.dataset[first + row]
+                batch = batch or self._empty(example)
+                for name, value in example.items():  # at once, while the example is in the processor's cache
+                    batch[name][place] = value
         finally:
             _collecting.reset(token)
-        like = examples[0] if examples else self.dataset[0]
-        missing = len(self.rows) - len(examples)
-        blank = {name: np.zeros_like(value) for name, value in like.items()}
-        return {name: np.stack([e[name] for e in examples + [blank] * missing]) for name in like}, told
+        return batch, told
+
+    def _empty(self, example: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: _aligned((len(self.rows), *value.shape), value.dtype) for name, value in example.items()}
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that begins where XLA wants it to on CPU, which then takes it as it is; else it would copy the batch."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 63, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin:begin + size].view(dtype).reshape(shape)

@@ -23,10 +23,16 @@ class BadImage(Exception):  # noqa: N818 (not an error of the program, but a fac
 
 def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255), max_pixels: int = MAX_PIXELS,
            size: int = 0) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture in a file's content, see `read`."""
+    return np.asarray(read(data, background, max_pixels, size))
+
+
+def read(data: bytes, background: tuple[int, int, int] = (255, 255, 255), max_pixels: int = MAX_PIXELS,
+         size: int = 0) -> Image.Image:
     """The first frame of a PNG, JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF file, turned as its EXIF orientation says.
 
-    Palettes, grey, CMYK and 16 bits a channel become 8-bit RGB; what is transparent shows `background`. Colour profiles
-    are ignored.
+    Palettes, grey, CMYK and 16 bits a channel become 8-bit RGB, mode "RGB"; what is transparent shows `background`.
+    Colour profiles are ignored.
 
     Args:
       max_pixels: the most that width times height may be; it is compared before anything is unpacked.
@@ -56,7 +62,7 @@ def decode(data: bytes, background: tuple[int, int, int] = (255, 255, 255), max_
         if size and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * size, 2 * size))
         image.load()
-        return np.asarray(_rgb(_upright(image), background))
+        return _rgb(_upright(image), background)
     except Exception as e:
         raise BadImage(f"it is damaged ({_why(e)})") from e
 
@@ -99,8 +105,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "I" and values.max() < 256:
         return Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
-
-
-def grey(image: Picture) -> UInt8[np.ndarray, "H W 1"]:
-    """The luma of an RGB picture (ITU-R 601); a grey one as it is."""
-    return image if image.shape[-1] == 1 else np.asarray(Image.fromarray(image).convert("L"))[..., None]

@@ -19,10 +19,10 @@ from jaxgen.data import cache as caching
 from jaxgen.data.base import Data, Prepared, Progress
 from jaxgen.data.batching import check_skipped, endless, fold, skipped
 from jaxgen.data.captions import encode_captions
-from jaxgen.data.images import MAX_PIXELS, BadImage, Picture, decode, grey
+from jaxgen.data.images import MAX_PIXELS, BadImage, Picture, read
 from jaxgen.data.pictures import Pictures, Row, Strings, open_pictures
 from jaxgen.data.tokenizers import SentencePiece, Tokenizer, TokenizerConfig, load
-from jaxgen.data.transforms import CenterCrop, Resize, Transform, apply, patchify
+from jaxgen.data.transforms import CenterCrop, Resize, Transform, apply, array, patchify, pillow
 from jaxgen.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -81,23 +81,23 @@ class View:
           BadImage: the data is no picture.
         """
         rng = rng or np.random.default_rng(0)
-        whole = augment or (() if self.patches else self._fit)
-        if isinstance(data, bytes):
-            data = decode(data, self.background, self.max_pixels, whole[0].least() if whole else 0)
-        if self.channels == 1:
-            data = grey(data)
-        elif data.shape[-1] == 1:
-            data = np.repeat(data, 3, axis=-1)
-        data = apply(augment, data, rng) if augment else data
+        first = (augment or self._fit)[0] if augment or not self.patches else None
+        image = read(data, self.background, self.max_pixels, first.least() if first else 0) \
+            if isinstance(data, bytes) else pillow(data)
+        image = apply(augment, image if image.mode == self._mode else image.convert(self._mode), rng)
         if self.patches:
-            return dict(zip(("patches", "coordinates", "patch_mask"), patchify(data, self.patch, self.patches),
+            return dict(zip(("patches", "coordinates", "patch_mask"), patchify(image, self.patch, self.patches),
                             strict=True))
-        if data.shape[:2] != (self.size, self.size):
-            data = apply(self._fit, data, rng)
-        if data.shape[:2] != (self.size, self.size):
-            raise UserError(f"data.fit gives a picture of {data.shape[1]} x {data.shape[0]} pixels, but data.size is "
+        if image.size != (self.size, self.size):
+            image = apply(self._fit, image, rng)
+        if image.size != (self.size, self.size):
+            raise UserError(f"data.fit gives a picture of {image.width} x {image.height} pixels, but data.size is "
                             f"{self.size}")
-        return {"image": data}
+        return {"image": array(image)}
+
+    @property
+    def _mode(self) -> str:
+        return "RGB" if self.channels == 3 else "L"
 
     @property
     def _fit(self) -> tuple[Transform, ...]:
@@ -329,7 +329,8 @@ class Index:
 
     def load(self, part: str, name: str) -> np.ndarray:
         path = self.directory / f"{part}.{name}.npy"
-        return np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # 128: the header alone
+        values = np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # 128: the header alone
+        return values.view(np.ndarray)  # which is indexed in a fraction of a memmap's time
 
     def strings(self, part: str, name: str) -> Strings:
         return Strings(self.directory, f"{part}.{name}")

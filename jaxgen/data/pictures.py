@@ -143,7 +143,10 @@ def _text(data: bytes) -> str | bytes:
 
 def _read(path: str) -> bytes:
     try:
-        return path_of(path).read_bytes()
+        if "://" in path:
+            return path_of(path).read_bytes()
+        with open(path, "rb") as f:  # in half the time of a Path
+            return f.read()
     except FileNotFoundError as e:
         raise BadImage("the file is not there") from e
     except (OSError, ValueError) as e:

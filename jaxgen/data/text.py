@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxgen.data import cache as caching
 from jaxgen.data.base import Data, Prepared, Progress
-from jaxgen.data.batching import endless, fold
+from jaxgen.data.batching import At, fold
 from jaxgen.data.sources import open_source
 from jaxgen.data.tokenizers import SentencePiece, Tokenizer, TokenizerConfig
 from jaxgen.data.tokens import Corpus, Division, fit, tokenize
@@ -98,12 +98,16 @@ class PreparedText(Prepared):
         self.facts = _facts(data.path or "Python's documentation and standard library", corpus.meta, tokenizer)
 
     def train(self, seed: int) -> grain.MapDataset:
+        import grain
+
         from jaxgen.data.packing import Blocks, Documents
 
         tokens, length = self._corpus.part("train"), self._data.length
-        source = Blocks(tokens, length, fold(seed)) if self._data.packing == "blocks" else \
+        seed = fold(seed)  # Grain's shuffle seeds epoch e with seed + e: neighbouring seeds would share epochs
+        source = Blocks(tokens, length, seed) if self._data.packing == "blocks" else \
             Documents(tokens, length, self._plan("train"))
-        return endless(source.__getitem__, len(source), seed)
+        # The shuffle hands down epoch * size + place, in constant time.
+        return grain.MapDataset.range(len(source)).map_with_index(At(source.__getitem__)).shuffle(seed).repeat()
 
     def heldout(self) -> grain.MapDataset:
         import grain

@@ -1,7 +1,9 @@
-"""What is done to a picture before it is an example: small pure classes, array in, array out.
+"""What is done to a picture before it is an example: small pure classes, picture in, picture out.
 
-Pictures are uint8 (H, W, C), RGB or (C = 1) grey. All randomness comes from the generator that is passed; `apply` gives
-each transform of a row its own. (No JAX in here: reading processes import it.)
+Pictures are uint8 (H, W, C), RGB or (C = 1) grey. From one transform to the next they go as Pillow's images, since its
+operations are the fastest at hand, and turning one form into the other costs as much as some of them. All randomness
+comes from the generator that is passed; `apply` gives each transform of a row its own. (No JAX in here: reading
+processes import it.)
 """
 
 from __future__ import annotations
@@ -20,51 +22,48 @@ from jaxgen.data.images import Picture
 from jaxgen.errors import UserError
 
 Filter = Literal["bilinear", "bicubic", "lanczos", "nearest"]
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC,
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC,
             "lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
 
 
 class Transform(abc.ABC):
-    """A frozen dataclass that is called with a picture and a generator; it writes into neither's past."""
+    """A frozen dataclass that is called with a picture and a generator."""
+
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
+        """The transformed picture, in an array of its own."""
+        return array(self.transform(pillow(image), rng))
 
     @abc.abstractmethod
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        """The transformed picture, an array of its own or a view."""
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """The same of Pillow's images, of mode "RGB" or "L"; does not write into `image`."""
 
     def least(self) -> int:
         """The shortest side that its input needs for nothing to be lost; 0: all there is."""
         return 0
 
 
-def apply(transforms: Sequence[Transform], image: Picture, rng: np.random.Generator) -> Picture:
+def apply(transforms: Sequence[Transform], image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """The transforms one after the other, each with a generator of its own: none changes what another draws."""
     for transform, own in zip(transforms, rng.spawn(len(transforms)), strict=True):
-        image = transform(image, own)
+        image = transform.transform(image, own)
     return image
 
 
-def _pillow(image: Picture) -> Image.Image:
+def pillow(image: Picture) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def _array(image: Image.Image) -> Picture:
-    array = np.asarray(image)
-    return array[..., None] if array.ndim == 2 else array
+def array(image: Image.Image) -> Picture:
+    values = np.asarray(image)
+    return values[..., None] if values.ndim == 2 else values
 
 
 # --- size ----------------------------------------------------------------------------------------------------------
 
 
-def resize(image: Picture, height: int, width: int, filter: Filter = "bicubic") -> Picture:
-    """The picture at another size; filters are widened when it shrinks, so that nothing aliases."""
-    if image.shape[:2] == (height, width):
-        return image
-    return _array(_pillow(image).resize((width, height), _FILTERS[filter]))
-
-
 @dataclasses.dataclass(frozen=True)
 class Resize(Transform):
-    """To a size in pixels.
+    """To a size in pixels; filters are widened when the picture shrinks, so that nothing aliases.
 
     Attributes:
       size: pixels.
@@ -77,12 +76,10 @@ class Resize(Transform):
     mode: Literal["shortest", "exact", "fit"] = "shortest"
     filter: Filter = "bicubic"
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        height, width = image.shape[:2]
-        if self.mode == "exact":
-            return resize(image, self.size, self.size, self.filter)
-        scale = self.size / (min if self.mode == "shortest" else max)(height, width)
-        return resize(image, max(1, round(height * scale)), max(1, round(width * scale)), self.filter)
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        scale = self.size / (min if self.mode == "shortest" else max)(image.size)
+        size = (self.size, self.size) if self.mode == "exact" else tuple(max(1, round(n * scale)) for n in image.size)
+        return image if image.size == size else image.resize(size, FILTERS[self.filter])
 
     def least(self) -> int:
         return self.size
@@ -94,11 +91,11 @@ class CenterCrop(Transform):
 
     size: int = 224
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        if min(image.shape[:2]) < self.size:
-            image = Resize(self.size)(image, rng)
-        top, left = ((side - self.size) // 2 for side in image.shape[:2])
-        return image[top:top + self.size, left:left + self.size]
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        if min(image.size) < self.size:
+            image = Resize(self.size).transform(image, rng)
+        left, top = ((side - self.size) // 2 for side in image.size)
+        return image.crop((left, top, left + self.size, top + self.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +108,21 @@ class Pad(Transform):
 
     color: tuple[int, int, int] = (255, 255, 255)
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        height, width, channels = image.shape
-        side = max(height, width)
-        if height == width:
-            return image
-        square = np.empty((side, side, channels), np.uint8)
-        square[:] = self.color[:channels]
-        top, left = (side - height) // 2, (side - width) // 2
-        square[top:top + height, left:left + width] = image
-        return square
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        side = max(image.size)
+        return _framed(image, side, side, self.color)
+
+
+def _framed(image: Image.Image, width: int, height: int, color: tuple[int, ...]) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    frame = Image.new(image.mode, (width, height), _fill(image, color))
+    frame.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return frame
+
+
+def _fill(image: Image.Image, color: tuple[int, ...]) -> tuple[int, ...] | int:
+    return tuple(color) if image.mode == "RGB" else color[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +133,12 @@ class RandomCrop(Transform):
     padding: int = 4
     color: tuple[int, int, int] = (0, 0, 0)
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        height, width, channels = image.shape
-        wide = np.empty((height + 2 * self.padding, width + 2 * self.padding, channels), np.uint8)
-        wide[:] = self.color[:channels]
-        wide[self.padding:self.padding + height, self.padding:self.padding + width] = image
-        if min(wide.shape[:2]) < self.size:
-            return CenterCrop(self.size)(wide, rng)
-        top, left = (int(rng.integers(side - self.size + 1)) for side in wide.shape[:2])
-        return wide[top:top + self.size, left:left + self.size]
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        wide = _framed(image, image.width + 2 * self.padding, image.height + 2 * self.padding, self.color)
+        if min(wide.size) < self.size:
+            wide = Resize(self.size).transform(wide, rng)
+        left, top = (int(rng.integers(side - self.size + 1)) for side in wide.size)
+        return wide.crop((left, top, left + self.size, top + self.size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,22 +163,23 @@ class RandomResizedCrop(Transform):
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise UserError(f"the ratio of a random resized crop is {self.ratio}; it is two rising numbers above 0")
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        top, left, height, width = self.box(image.shape[0], image.shape[1], rng)
-        return resize(image[top:top + height, left:left + width], self.size, self.size, self.filter)
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        return image.resize((self.size, self.size), FILTERS[self.filter], box=self.box(*image.size, rng))
 
-    def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of the part, of a picture of that size."""
+    def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of the part, of a picture of that size."""
         for _ in range(10):
             area = height * width * rng.uniform(*self.scale)
             ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+                left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+                return left, top, left + w, top + h
         # A picture so long that hardly any part fits: its middle, as near to the range of ratios as it can be.
         w = min(width, max(1, round(height * self.ratio[1])))
         h = min(height, max(1, round(width / self.ratio[0])))
-        return (height - h) // 2, (width - w) // 2, h, w
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
 
     def least(self) -> int:
         return math.ceil(self.size / math.sqrt(self.scale[0] * min(self.ratio[0], 1 / self.ratio[1])))
@@ -194,10 +194,8 @@ class Flip(Transform):
 
     chance: float = 0.5
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        if rng.random() >= self.chance:
-            return image
-        return _array(_pillow(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT))  # three times as fast as [:, ::-1]
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.chance else image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,8 +214,8 @@ class ColorJitter(Transform):
     saturation: float = 0.4
     hue: float = 0.1
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        changed = _pillow(image)
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        changed = image
         order, draws = rng.permutation(4), rng.uniform(-1, 1, 4)
         for k in order:
             if k == 3:
@@ -228,7 +226,7 @@ class ColorJitter(Transform):
             if strength and (k < 2 or changed.mode == "RGB"):
                 enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[k]
                 changed = enhance(changed).enhance(max(0.0, 1 + draws[k] * strength))
-        return _array(changed)
+        return changed
 
 
 def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
@@ -242,10 +240,6 @@ def _affine(a: float = 1, b: float = 0, c: float = 0, d: float = 0, e: float = 1
             f: float = 0) -> Callable[[Image.Image, tuple[int, ...]], Image.Image]:
     return lambda image, fill: image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f),
                                                Image.Resampling.BILINEAR, fillcolor=_fill(image, fill))
-
-
-def _fill(image: Image.Image, color: tuple[int, ...]) -> tuple[int, ...] | int:
-    return tuple(color) if image.mode == "RGB" else color[0]
 
 
 def _enhanced(kind: type) -> Callable:
@@ -290,13 +284,13 @@ class RandAugment(Transform):
         if not 0 <= self.magnitude <= 10:
             raise UserError(f"the magnitude of RandAugment is {self.magnitude}; it is from 0 to 10")
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        changed = _pillow(image)
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        changed = image
         names = [name for name in _OPERATIONS if changed.mode == "RGB" or name not in _COLOURED]
         for _ in range(self.layers):
             operation, sign = _OPERATIONS[names[rng.integers(len(names))]], int(rng.choice((-1, 1)))
             changed = operation(changed, self.magnitude / 10, sign, self.color)
-        return _array(changed)
+        return changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,17 +309,16 @@ class RandomAffine(Transform):
     scale: tuple[float, float] = (0.9, 1.1)
     color: tuple[int, int, int] = (0, 0, 0)
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Picture:
-        pillow = _pillow(image)
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         angle = math.radians(rng.uniform(-self.degrees, self.degrees))
         factor = rng.uniform(*self.scale)
-        x, y = pillow.width / 2, pillow.height / 2
-        right, down = rng.uniform(-self.shift, self.shift, 2) * (pillow.width, pillow.height)
+        x, y = image.width / 2, image.height / 2
+        right, down = rng.uniform(-self.shift, self.shift, 2) * (image.width, image.height)
         # From a place in the result to its place in the source.
         cos, sin = math.cos(angle) / factor, math.sin(angle) / factor
         turned = _affine(cos, sin, x - cos * (x + right) - sin * (y + down),
                          -sin, cos, y + sin * (x + right) - cos * (y + down))
-        return _array(turned(pillow, self.color))
+        return turned(image, self.color)
 
 
 # --- patches -------------------------------------------------------------------------------------------------------
@@ -347,7 +340,7 @@ def patch_grid(height: int, width: int, patch: int, limit: int) -> tuple[int, in
     return grid(low)
 
 
-def patchify(image: Picture, patch: int, limit: int, filter: Filter = "bilinear") -> tuple[
+def patchify(image: Image.Image, patch: int, limit: int, filter: Filter = "bilinear") -> tuple[
         UInt8[np.ndarray, "limit P"], Int32[np.ndarray, "limit 2"], Bool[np.ndarray, " limit"]]:
     """The picture at its own proportions as at most `limit` patches, row by row, filled up with zeros.
 
@@ -357,10 +350,10 @@ def patchify(image: Picture, patch: int, limit: int, filter: Filter = "bilinear"
     Returns:
       the patches, each (row, column, channel) in order; (row, column) of each; and which are real.
     """
-    rows, columns = patch_grid(image.shape[0], image.shape[1], patch, limit)
-    image = resize(image, rows * patch, columns * patch, filter)
-    channels = image.shape[-1]
-    cut = image.reshape(rows, patch, columns, patch, channels).swapaxes(1, 2).reshape(rows * columns, -1)
+    rows, columns = patch_grid(image.height, image.width, patch, limit)
+    size = columns * patch, rows * patch
+    pixels = array(image if image.size == size else image.resize(size, FILTERS[filter]))
+    cut = pixels.reshape(rows, patch, columns, patch, -1).swapaxes(1, 2).reshape(rows * columns, -1)
     patches = np.zeros((limit, cut.shape[1]), np.uint8)
     coordinates = np.zeros((limit, 2), np.int32)
     mask = np.zeros(limit, bool)
