@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
     for name, value in metrics.items():
         print(f"{name:<{width}}  {value:.6g}")
     for name, text in texts.items():
-        print(f"\n{name}\n\n{text}")
+        print(f"\n{name}\n\n{text.rstrip()}")
     if where:
         print(f"\n{where}")
     for path in told["images"].values():
