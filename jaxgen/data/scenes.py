@@ -358,6 +358,7 @@ def questions(scene: Scene) -> tuple[tuple[str, str], ...]:
             found.append((f"what texture {'have' if group.count > 1 else 'has'} the {name}?", group.texture))
         following = list(COLOURS)[list(COLOURS).index(group.colour) + 1 :] + list(COLOURS)
         absent = next(c for c in following if (group.shape, c) not in pairs)
+        pairs.append((group.shape, absent))  # is asked for once
         found += [(f"is there a {group.colour} {group.shape}?", "yes"), (f"is there a {absent} {group.shape}?", "no")]
     if facts.place:
         found.append((f"where is the {name}?", facts.place))
@@ -630,17 +631,18 @@ class Scenes(Data):
         return PreparedScenes(self, self.tokenizer.fit(_texts()))
 
 
-def _texts() -> Iterator[str]:
+@functools.cache
+def _texts() -> tuple[str, ...]:
     """What tokenizers learn from: captions, questions and instructions of every level, always the same."""
+    texts: list[str] = []
     for level in LEVELS:
         rng = np.random.default_rng(level)
         for k in range(400):
             scene = sample(rng, level)
-            yield caption(scene)
+            texts.append(caption(scene))
             if k % 4 == 0:
-                yield from (text for pair in questions(scene) for text in pair)
-                yield edit(scene, rng)[1]
-                yield clip(scene, 2, rng)[1]
+                texts += itertools.chain(*questions(scene), [edit(scene, rng)[1], clip(scene, 2, rng)[1]])
+    return tuple(texts)
 
 
 class PreparedScenes(Captions):

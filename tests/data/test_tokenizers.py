@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxgen.data import Bytes, Characters, SentencePiece
-from jaxgen.data.tokenizers import load, sample
+from jaxgen.data.tokenizers import Words, load, sample
 from jaxgen.data.tokens import train_tokenizer
 from jaxgen.errors import UserError
 
@@ -51,6 +51,18 @@ def test_eos_is_empty_text(pieces):
 def test_lone_surrogates_are_replaced(pieces):
     for tokenizer in (Bytes().fit(), pieces):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+def test_words_keep_the_most_frequent(tmp_path):
+    tokenizer = Words(vocab_size=6).fit(["the cat, the dog,", "the cat sat"])
+    assert tokenizer.words == (",", "cat", "dog", "the")  # of words as frequent the first by name
+    assert tokenizer.encode("the cat, sat").tolist() == [5, 3, 2, 0]
+    assert tokenizer.decode([5, 3, 2, 5, 4, 1, 0]) == "the cat, the dog \ufffd"
+    tokenizer.save(tmp_path)
+    assert load(tmp_path) == tokenizer and load(tmp_path).fingerprint == tokenizer.fingerprint
+    assert Words().fit([]).encode("").tolist() == [] and Words(vocab_size=3).fit(["b a"]).vocab_size == 3
+    with pytest.raises(UserError, match="words need at least 3"):
+        Words(vocab_size=2)
 
 
 def test_characters_keep_the_most_frequent():
