@@ -12,7 +12,9 @@ from jaxgen.data.tokenizers import Tokenizer
 
 def encode_captions(tokenizer: Tokenizer, texts: Sequence[str],
                     length: int) -> tuple[Int32[np.ndarray, "N length"], Int32[np.ndarray, " N"]]:
-    """Tokens and lengths of captions, one a row: its ids, one `eos`, then padding (`eos` again).
+    """Tokens and lengths of captions, one a row: its ids, one `eos`, then padding.
+
+    That is `eos` again, where the tokenizer has no padding of its own.
 
     Args:
       length: tokens in a row; a longer caption is cut, and ends with `eos` all the same.
@@ -20,10 +22,11 @@ def encode_captions(tokenizer: Tokenizer, texts: Sequence[str],
     Returns:
       the rows, and the number of real tokens in each, the first `eos` included.
     """
-    tokens = np.full((len(texts), length), tokenizer.eos, np.int32)
+    padding = tokenizer.eos if tokenizer.padding is None else tokenizer.padding
+    tokens = np.full((len(texts), length), padding, np.int32)
     lengths = np.empty(len(texts), np.int32)
     for row, text in enumerate(texts):
         ids = tokenizer.encode(text)[: length - 1]
-        tokens[row, : len(ids)] = ids
+        tokens[row, : len(ids) + 1] = [*ids, tokenizer.eos]
         lengths[row] = len(ids) + 1
     return tokens, lengths

@@ -30,6 +30,7 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     eos: int
     unknown: int | None = None  # the id of what cannot be expressed; None where every text can be
+    padding: int | None = None  # the id that fills a row of captions after the end; None for `eos`
 
     @abc.abstractmethod
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
@@ -276,7 +277,7 @@ class SentencePiece(TokenizerConfig):
             model = Path(self.path).expanduser().read_bytes()
         except OSError as e:
             raise UserError(f"no tokenizer at {self.path} ({e.strerror})") from e
-        tokenizer = _checked(model, self.path)
+        tokenizer = read_model(model, self.path)
         if tokenizer.vocab_size != self.vocab_size:
             raise UserError(f"the tokenizer {self.path} has {tokenizer.vocab_size} entries, "
                             f"but tokenizer.vocab_size is {self.vocab_size}")
@@ -320,7 +321,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def from_files(cls, directory: Path) -> SentencePieceTokenizer:
-        return _checked((directory / "tokenizer.model").read_bytes(), directory / "tokenizer.model")
+        return read_model((directory / "tokenizer.model").read_bytes(), directory / "tokenizer.model")
 
 
 @functools.lru_cache(maxsize=8)
@@ -338,7 +339,8 @@ def _space(model: bytes) -> list[int]:
     return ids if all(processor.is_byte(i) for i in ids) else []
 
 
-def _checked(model: bytes, path: str | Path) -> SentencePieceTokenizer:
+def read_model(model: bytes, path: str | Path) -> SentencePieceTokenizer:
+    """The tokenizer of a SentencePiece model, the content of `path`."""
     try:
         tokenizer = SentencePieceTokenizer(model)
         eos, _ = tokenizer.eos, tokenizer.vocab_size
@@ -418,6 +420,10 @@ def load(directory: str | Path, kinds: Sequence[type[Tokenizer]] = KINDS) -> Tok
     try:
         record = json.loads((directory / "tokenizer.json").read_text())
         by_name = {kind.kind: kind for kind in kinds}
+        if kinds is KINDS and record["kind"] not in by_name:
+            from jaxgen.data import huggingface
+
+            by_name |= {kind.kind: kind for kind in huggingface.KINDS}
         if record["kind"] not in by_name:
             raise UserError(f"{directory} holds a tokenizer of the unknown kind '{record['kind']}'"
                             + nearest(record["kind"], by_name))

@@ -264,7 +264,51 @@ def save_open_clip(name: str) -> None:
     write_io(folder, open_clip_run(model))
 
 
+TEXTS = ["a photo of a cat", "Two  red CUBES, one blue ball!", "caf\u00e9 \u4e2d <b>", "", "un-known'd ZZZ 42"]
+
+
+def save_tokenizers() -> None:
+    """Small tokenizers of CLIP, SigLIP and SigLIP 2, and the ids that they make of some texts."""
+    import io
+
+    import sentencepiece
+    import transformers as t
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    merges = [("p", "h"), ("c", "a"), ("ca", "t</w>"), ("r", "e"), ("re", "d</w>"), ("o", "f</w>")]
+    words = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    clip = t.CLIPTokenizer({w: i for i, w in enumerate(words)}, merges)
+    model = io.BytesIO()
+    text = [x.lower() for x in TEXTS if x] + ["the quick brown fox jumps over a lazy dog"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 20),
+        model_writer=model, vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        minloglevel=3)
+    (HERE / "tokenizer_siglip").mkdir(parents=True, exist_ok=True)
+    (HERE / "tokenizer_siglip" / "spiece.model").write_bytes(model.getvalue())
+    siglip = t.SiglipTokenizer(str(HERE / "tokenizer_siglip" / "spiece.model"))
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581",
+              *"abcdefghijklmnopqrstuvwxyz'!,-", "ca", "cat", "\u2581a", "\u2581cat"]
+    siglip2 = t.Siglip2Tokenizer({w: i for i, w in enumerate(pieces)},
+                                 [("c", "a"), ("ca", "t"), ("\u2581", "a"), ("\u2581", "cat")])
+    for name, tokenizer in (("clip", clip), ("siglip", siglip), ("siglip2", siglip2)):
+        folder = HERE / f"tokenizer_{name}"
+        tokenizer.save_pretrained(folder)
+        ids = [tokenizer(text).input_ids for text in TEXTS]
+        told = {"texts": TEXTS, "ids": ids, "eos": tokenizer.eos_token_id, "padding": tokenizer.pad_token_id,
+                "vocab_size": len(tokenizer)}
+        (folder / "ids.json").write_text(json.dumps(told))
+        print(folder.name, [f.name for f in folder.iterdir()], ids[:2])
+
+
 def main(names: list[str]) -> None:
+    if not names or "tokenizers" in names:
+        save_tokenizers()
+        names = [name for name in names if name != "tokenizers"]
+        if not names and len(sys.argv) > 1:
+            return
     made = transformers_models()
     for name in names or [*made, *TIMM, *OPEN_CLIP]:
         if name in made:

@@ -1,0 +1,201 @@
+"""Tokenizers of other projects: `tokenizer.json` files, and the clean-up of captions that some want first.
+
+Needs the package `tokenizers` for the former: `pip install jaxgen[hf]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import string
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from jaxgen.data.tokenizers import SentencePieceTokenizer, Tokenizer, TokenizerConfig, read_model
+from jaxgen.errors import UserError, nearest
+
+END = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace(TokenizerConfig):
+    """The tokenizer of another project's model.
+
+    Attributes:
+      path: its folder, with `tokenizer.json` or a SentencePiece model in it; or that file.
+      vocab_size: number of entries; what that tokenizer has.
+    """
+
+    path: str = ""
+    vocab_size: int = 49408
+
+    def fit(self, texts: Iterable[str] = ()) -> Tokenizer:
+        tokenizer = read(self.path)
+        if tokenizer.vocab_size != self.vocab_size:
+            raise UserError(f"the tokenizer {self.path} has {tokenizer.vocab_size} entries, "
+                            f"but tokenizer.vocab_size is {self.vocab_size}")
+        return tokenizer
+
+
+def read(path: str | Path) -> Tokenizer:
+    """The tokenizer in a model's folder, or that of a file.
+
+    Raises:
+      UserError: there is none, or it has no token that ends a text.
+    """
+    path = Path(path).expanduser()
+    files = [path / name for name in ("tokenizer.json", "spiece.model", "tokenizer.model")] if path.is_dir() else [path]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        raise UserError(f"no tokenizer at {path}" + (
+            f": it has none of {', '.join(f.name for f in files)}" if path.is_dir() else ""))
+    told = _told(file.parent)
+    lower, plain = _cleaning(told)
+    if file.suffix == ".model":
+        inner: Tokenizer = read_model(file.read_bytes(), file)
+    else:
+        inner = _tokenizer_json(file, told)
+    return CaptionTokenizer(inner, lower, plain) if lower or plain else inner
+
+
+def _told(folder: Path) -> dict[str, Any]:
+    """What the JSON files beside say of special tokens, and of the model."""
+    told: dict[str, Any] = {}
+    for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            told |= json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (ValueError, TypeError, OSError):
+            raise UserError(f"{folder / name} cannot be read") from None
+    return told
+
+
+def _cleaning(told: dict[str, Any]) -> tuple[bool, bool]:
+    """(letters become small, punctuation goes): what was done to SigLIP's captions before these tokenizers."""
+    name = str(told.get("tokenizer_class", "")).removesuffix("Fast")
+    first = name == "SiglipTokenizer"
+    second = name == "Siglip2Tokenizer" or (name == "GemmaTokenizer" and "siglip" in str(told.get("model_type")))
+    return (first and told.get("do_lower_case", True)) or second, first
+
+
+def _tokenizer_json(file: Path, told: dict[str, Any]) -> HuggingFaceTokenizer:
+    definition = file.read_bytes()
+    try:
+        known = _parsed(definition).get_vocab(with_added_tokens=True)
+    except UserError:
+        raise
+    except Exception as error:   # whatever the package raises of a file that it does not know
+        raise UserError(f"{file} is no tokenizer: {error}") from None
+    end = _named(told, "eos_token") or _named(told, "sep_token") or next((t for t in END if t in known), None)
+    if end not in known:
+        raise UserError(f"the tokenizer {file} has no token that ends a text"
+                        + (f" ('{end}'){nearest(end, known)}" if end else " (eos_token in tokenizer_config.json)"))
+    return HuggingFaceTokenizer(definition, known[end], known.get(_named(told, "pad_token"), known[end]))
+
+
+def _named(told: dict[str, Any], key: str) -> str | None:
+    """A special token: a string, or an object that says more of it."""
+    token = told.get(key)
+    return token.get("content") if isinstance(token, dict) else token
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`. What it puts before a text is kept; the end of the text is left to whoever makes rows."""
+
+    definition: bytes = dataclasses.field(repr=False)
+    eos: int
+    padding: int   # what fills a row after the end
+    kind: ClassVar[str] = "huggingface"
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + max(_parsed(self.definition).get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str) -> Int[np.ndarray, " N"]:
+        ids = _parsed(self.definition).encode(text.encode(errors="replace").decode()).ids
+        while ids and ids[-1] == self.eos:
+            ids.pop()
+        return np.asarray(ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " N"]) -> str:
+        return _parsed(self.definition).decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+    def files(self) -> dict[str, bytes]:
+        special = json.dumps({"eos": self.eos, "padding": self.padding}).encode()
+        return {"huggingface.json": self.definition, "special.json": special}
+
+    @classmethod
+    def from_files(cls, directory: Path) -> HuggingFaceTokenizer:
+        special = json.loads((directory / "special.json").read_bytes())
+        return cls((directory / "huggingface.json").read_bytes(), int(special["eos"]), int(special["padding"]))
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(definition: bytes):
+    try:
+        from tokenizers import Tokenizer as Parsed
+    except ImportError:
+        raise UserError("this tokenizer needs the package 'tokenizers': pip install 'jaxgen[hf]'") from None
+    parsed = Parsed.from_str(definition.decode())
+    parsed.no_padding()
+    parsed.no_truncation()
+    return parsed
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionTokenizer(Tokenizer):
+    """A tokenizer whose texts are cleaned up first, as SigLIP's are: small letters, no punctuation, single spaces."""
+
+    inner: Tokenizer
+    lower: bool = True
+    plain: bool = True
+    kind: ClassVar[str] = "captions"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.vocab_size
+
+    @property
+    def eos(self) -> int:
+        return self.inner.eos
+
+    @property
+    def unknown(self) -> int | None:
+        return self.inner.unknown
+
+    @property
+    def padding(self) -> int | None:
+        return self.inner.padding
+
+    def encode(self, text: str) -> Int[np.ndarray, " N"]:
+        if self.lower:
+            text = text.lower()
+        if self.plain:
+            text = re.sub(r"\s+", " ", text.translate(_PUNCTUATION)).strip()
+        return self.inner.encode(text)
+
+    def decode(self, ids: Sequence[int] | Integer[np.ndarray, " N"]) -> str:
+        return self.inner.decode(ids)
+
+    def files(self) -> dict[str, bytes]:
+        told = json.dumps({"kind": self.inner.kind, "lower": self.lower, "plain": self.plain}).encode()
+        return {"captions.json": told, **self.inner.files()}
+
+    @classmethod
+    def from_files(cls, directory: Path) -> CaptionTokenizer:
+        told = json.loads((directory / "captions.json").read_bytes())
+        kinds = {kind.kind: kind for kind in (HuggingFaceTokenizer, SentencePieceTokenizer)}
+        return cls(kinds[told["kind"]].from_files(directory), bool(told["lower"]), bool(told["plain"]))
+
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+KINDS = (HuggingFaceTokenizer, CaptionTokenizer)
