@@ -35,7 +35,7 @@ def sheet(
     frames = [*frames, *[None] * (len(images) - len(frames))]
     font = ImageFont.load_default(size=11)
     wrapped = [
-        wrap(text, size, font, LINES if image is not None else max(size // LINE, 1))
+        wrap(text, size, font, LINES) if image is not None else wrap(text, size - GAP, font, max(size // LINE, 1))
         for image, text in zip(images, labels, strict=True)
     ]
     below = LINE * max((len(t) for t, i in zip(wrapped, images, strict=True) if i is not None), default=0)
@@ -52,7 +52,7 @@ def sheet(
             draw.rectangle((left - 3, top - 3, left + size + 2, top + size + 2), outline=COLOURS[frame], width=3)
         start = top + (size if image is not None else (size - LINE * len(lines)) // 2)
         for k, line in enumerate(lines):
-            draw.text((left, start + k * LINE), line, fill="black", font=font)
+            draw.text((left if image is not None else left + GAP // 2, start + k * LINE), line, fill="black", font=font)
     return np.asarray(canvas)
 
 
