@@ -12,12 +12,15 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxgen import files
 from jaxgen.errors import UserError, nearest
+from jaxgen.pretrained import Pretrained
 
 FILE = "experiment.json"   # of a run directory
 RESERVED = frozenset({"class", "float", "list", "dtype", "dict"})
@@ -53,10 +56,10 @@ def to_record(obj: Any, path: str = "experiment") -> Any:
         return int(obj)
     if isinstance(obj, float):
         return float(obj) if math.isfinite(obj) else {"float": repr(float(obj))}
-    numpy = sys.modules.get("numpy")   # a value of numpy's is here only if numpy is
+    if _is_numpy(obj):
+        return to_record(obj.item(), path)
+    numpy = sys.modules.get("numpy")
     if numpy is not None:
-        if isinstance(obj, numpy.generic):
-            return to_record(obj.item(), path)
         if isinstance(obj, numpy.dtype) or isinstance(getattr(obj, "dtype", None), numpy.dtype) and callable(obj):
             return {"dtype": numpy.dtype(getattr(obj, "dtype", obj)).name}
         if isinstance(obj, type) and issubclass(obj, numpy.generic):
@@ -71,7 +74,8 @@ def from_record(data: Any, trust: Iterable[str | Path] = (), path: str = "experi
     """The object that `to_record` made `data` of.
 
     `trust` names the files outside jaxgen whose classes may be rebuilt; they are executed when the record needs them.
-    Raises UserError for a class of any other file, and for a class or field that this version does not know.
+    Raises UserError for a class of any other file, for a class or field that this version does not know, and for a
+    value that its field is not annotated for.
     """
     trusted: Trusted = {}
     for file in map(files.existing, trust):
@@ -98,7 +102,9 @@ def _build(data: Any, trusted: Trusted, path: str) -> Any:
         if key == "list" and isinstance(value, list):
             return list(_build(value, trusted, path))
         if key == "dict" and isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value):
-            return {_build(k, trusted, path): _build(v, trusted, f"{path}.{k}") for k, v in value}
+            keys = [_build(k, trusted, path) for k, _ in value]
+            if not any(isinstance(k, dict | list) for k in keys):   # which are no keys
+                return {key: _build(v, trusted, f"{path}.{k}") for key, (k, v) in zip(keys, value, strict=True)}
         if key == "dtype" and isinstance(value, str):
             return _dtype(value, path)
     if RESERVED & data.keys():
@@ -119,7 +125,134 @@ def _instance(data: dict[str, Any], trusted: Trusted, path: str) -> Any:
     needed = [f.name for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in needed if name not in values]:
         raise UserError(f"{path} of the record lacks {', '.join(missing)}, which {cls.__name__} needs")
+    kinds = _kinds(cls)
+    for name in values:
+        values[name] = _whole(values[name], kinds.get(name))
+        if found := _misfit(values[name], kinds.get(name), f"{path}.{name}"):
+            raise UserError(f"{found.path} of the record {found}")
     return cls(**values)
+
+
+def check(tree: Any, path: str = "experiment") -> None:
+    """Raises UserError for a value, at any depth, that its field is not annotated for: its record would be refused."""
+    if is_node(tree):
+        kinds = _kinds(type(tree))
+        for f in fields(tree):
+            value = _whole(getattr(tree, f.name), kinds.get(f.name))
+            if found := _misfit(value, kinds.get(f.name), f"{path}.{f.name}"):
+                raise UserError(f"{found.path} {found}")
+            check(value, f"{path}.{f.name}")
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            check(value, f"{path}.{key}")
+    elif isinstance(tree, tuple | list):
+        for i, value in enumerate(tree):
+            check(value, f"{path}.{i}")
+
+
+def _kinds(cls: type) -> dict[str, Any]:
+    """The annotations of a class's fields, less those that cannot be read or that the field's own default breaks."""
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception:   # a name that only a type checker knows
+        return {}
+    defaults = {f.name: f.default for f in fields(cls) if f.default is not dataclasses.MISSING}
+    return {k: kind for k, kind in hints.items() if k not in defaults or not _misfit(defaults[k], kind, "")}
+
+
+class _Misfit(NamedTuple):
+    """A value that is not of its annotated kind."""
+
+    path: str
+    value: Any
+    kind: Any
+
+    def __str__(self) -> str:
+        choices = typing.get_args(self.kind) if typing.get_origin(self.kind) is typing.Literal else ()
+        near = nearest(self.value, choices) if isinstance(self.value, str) else ""
+        if is_node(self.value):
+            there = f"an object of class {type(self.value).__name__}"
+        else:
+            there = json.dumps(to_record(self.value, self.path))
+        return f"is {there if len(there) <= 60 else there[:57] + '...'}, which should be {_expected(self.kind)}{near}"
+
+
+def _whole(value: Any, kind: Any) -> Any:
+    """8.0 as 8 where a whole number is meant: to JSON they are the same."""
+    return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
+
+
+def _misfit(value: Any, kind: Any, path: str) -> _Misfit | None:
+    """The value, or the one in it, that is not of its annotated kind; None where all are, or the kind is not known.
+
+    A list may stand for a tuple, and a class from outside jaxgen for any other: it may well have what is needed.
+    """
+    if _is_numpy(value):
+        value = value.item()
+    base, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if base in _UNIONS:
+        found = [_misfit(value, k, path) for k in args]
+        if None in found:
+            return None
+        if inside := [one for one in found if one.path != path]:
+            return inside[0]
+    elif base in _SEQUENCES and isinstance(value, tuple | list):
+        kinds = args if base is tuple and args[1:] != (...,) else args[:1] * len(value)
+        if not args or len(kinds) == len(value):
+            pairs = enumerate(zip(value, kinds, strict=False))
+            return next((found for i, (x, k) in pairs if (found := _misfit(x, k, f"{path}.{i}"))), None)
+    elif base in _MAPPINGS and isinstance(value, Mapping):
+        kind = args[1] if args else None
+        return next((found for k, x in value.items() if (found := _misfit(x, kind, f"{path}.{k}"))), None)
+    elif _is_a(value, kind):
+        return None
+    return _Misfit(path, value, kind)
+
+
+_UNIONS = (typing.Union, types.UnionType)
+_SEQUENCES = (tuple, list, Sequence, Iterable, Collection)
+_MAPPINGS = (dict, Mapping)
+_SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind that is no union, or may be: the kind is not known."""
+    base = typing.get_origin(kind) or kind
+    if base is typing.Literal:
+        return any(type(value) is type(x) and value == x for x in typing.get_args(kind))
+    if base in _SEQUENCES + _MAPPINGS:
+        return False
+    if not isinstance(base, type):
+        return True
+    if base is float:
+        return _are_numbers(value)
+    if base in _SCALARS:
+        return isinstance(value, base) and (base is bool or not isinstance(value, bool))
+    structural = issubclass(base, tuple) or typing.Protocol in base.__mro__
+    if not dataclasses.is_dataclass(base) and (structural or not _is_ours(base)):
+        return True   # it says nothing of dataclasses
+    foreign = not (_is_ours(base) and _is_ours(type(value))) or isinstance(value, Pretrained)
+    return isinstance(value, base) or is_node(value) and foreign
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("jaxgen.")
+
+
+def _expected(kind: Any) -> str:
+    """A kind in the words of JSON."""
+    base, args = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if base in _UNIONS:
+        return " or ".join(map(_expected, args))
+    if base is typing.Literal:
+        return f"one of {', '.join(map(json.dumps, args))}"
+    if base in _SEQUENCES:
+        if base is tuple and args and args[-1] is not ...:
+            return f"a list of {len(args)}: {', '.join(map(_expected, args))}"
+        return "a list" + (f", each {_expected(args[0])}" if args else "")
+    if base in _MAPPINGS:
+        return "an object" + (f", each of whose values is {_expected(args[1])}" if args else "")
+    return _SCALARS.get(kind) or f"an object of class {kind.__name__}"
 
 
 def _find(name: str, trusted: Trusted, path: str) -> type:
@@ -178,6 +311,11 @@ def _dtype(name: str, path: str) -> Any:
         raise UserError(f"{path} of the record is the dtype {name!r}, which is unknown here") from None
 
 
+def _is_numpy(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")   # a value of numpy's is here only if numpy is
+    return numpy is not None and isinstance(value, numpy.generic)
+
+
 def _is_linen(cls: type) -> bool:
     linen = sys.modules.get("flax.linen")
     return linen is not None and issubclass(cls, linen.Module)
@@ -213,9 +351,10 @@ def stored(directory: str | Path) -> Stored:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != 1 or "experiment" not in content:
+    pretrained = content.get("pretrained", {}) if isinstance(content, dict) and content.get("format") == 1 else None
+    if not isinstance(pretrained, dict) or "experiment" not in content:
         raise UserError(f"{file} is not an experiment that this version of jaxgen can read")
-    return Stored(content["experiment"], content.get("pretrained", {}))
+    return Stored(content["experiment"], pretrained)
 
 
 def _no_run(directory: Path) -> str:
@@ -280,7 +419,7 @@ def resume(
     """
     found = differences(old, new)
     paths = [d for d in found if re.fullmatch(r"data\..*path", d.path)]
-    fewer = [d for d in found if d.path == "steps" and not d.new > d.old]
+    fewer = [d for d in found if d.path == "steps" and not (_are_numbers(d.new, d.old) and d.new > d.old)]
     refused = [d for d in found if d not in paths and not CHANGEABLE.fullmatch(d.path) and d.path != "steps"] + fewer
     if paths and not refused and not same_data():
         refused = paths
@@ -314,7 +453,11 @@ def _default(name: str | None, key: str) -> Any:
 
 
 def _same_number(a: Any, b: Any) -> bool:
-    return all(isinstance(x, int | float) and not isinstance(x, bool) for x in (a, b)) and a == b
+    return _are_numbers(a, b) and a == b
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
 
 
 def _join(path: str, key: str) -> str:

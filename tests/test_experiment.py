@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from jaxgen import files, record, runtime
+from jaxgen.data.text import Text
 from jaxgen.errors import UserError
+from jaxgen.evaluation.heldout import HeldOut
 from jaxgen.experiment import Experiment, Pretrained, Target, load, resolve, select
 from jaxgen.models.gpt import GPT
 from jaxgen.override import override
@@ -113,7 +115,7 @@ def test_numpy_scalar_is_recorded_as_its_value():
 
 
 def test_whole_experiment_round_trip_through_a_run_directory(tmp_path):
-    e = experiment(data=Target("stands in for data"), evaluations=())
+    e = experiment(data=Text(), evaluations=(HeldOut(),))
     record.store(tmp_path / "run", e, {"task.model": Pretrained("runs/x")})
     stored = record.stored(tmp_path / "run")
     assert from_record(stored.experiment) == e
@@ -162,6 +164,107 @@ def test_records_that_are_refused(data, sentence):
         from_record(data)
 
 
+def edited(path: str, value: Any) -> Any:
+    """A sound record of an experiment in which one value stands at a dotted path."""
+    data = to_record(experiment(data=Text(), evaluations=(HeldOut(),)))
+    place, (*walk, last) = data, [int(name) if name.isdecimal() else name for name in path.split(".")]
+    for name in walk:
+        place = place[name]
+    place[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "there", "right"),
+    [
+        ("steps", "ten", '"ten"', "a whole number"),
+        ("steps", 1.5, "1.5", "a whole number"),
+        ("steps", True, "true", "a whole number"),
+        ("name", None, "null", "a string"),
+        ("task", [1, 2], "[1, 2]", "an object of class Task"),
+        ("task.model", "gpt", '"gpt"', "an object of class GPT or an object of class Pretrained"),
+        ("task.model.depth", "2", '"2"', "a whole number"),
+        ("task.model.tied", "no", '"no"', "true or false"),
+        ("task.model.windows", 0, "0", "a list, each a whole number"),
+        ("task.model.norm", "rsmnorm", '"rsmnorm"', "one of \"layernorm\", \"rmsnorm\"; did you mean 'rmsnorm'?"),
+        ("task.model.rope", to_record(Mesh()), "an object of class Mesh", "an object of class Rope"),
+        ("data.tokenizer", "bytes", '"bytes"', "an object of class TokenizerConfig"),
+        ("mesh", [], "[]", "an object of class Mesh"),
+        ("rules", [], "[]", "an object, each of whose values is a list, each a string"),
+        ("rules.batch", "data", '"data"', "a list, each a string"),
+        ("rules.batch.1", 4, "4", "a string"),
+        ("optimizer", 1, "1", "an object of class Optimizer or an object, each of whose values is an object of class "
+         "Optimizer"),
+        ("evaluations", {}, "{}", "a list, each an object of class Evaluation"),
+        ("evaluations.0", 5, "5", "an object of class Evaluation"),
+        ("ema", 0.9, "0.9", "an object of class Ema or null"),
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_type_are_named(path, value, there, right):
+    with pytest.raises(UserError) as error:
+        from_record(edited(path, value))
+    assert str(error.value) == f"experiment.{path} of the record is {there}, which should be {right}"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("steps", {"list": [1]}, "experiment.steps of the record is {\"list\": [1]}, which should be a whole number"),
+        ("optimizer", {"a": 1}, "experiment.optimizer.a of the record is 1, which should be an object of class Opt"),
+        ("rules", {"dict": [[{}, 1]]}, "experiment.rules of the record is damaged, or was written by a newer jaxgen"),
+        ("task.class", "jaxgen.tasks.language:LanguageModle", "did you mean 'LanguageModel'?"),
+        ("task.class", 3, "experiment.task of the record is damaged"),
+    ],
+)
+def test_records_that_a_hand_has_damaged(path, value, sentence):
+    with pytest.raises(UserError) as error:
+        from_record(edited(path, value))
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "read"),
+    [
+        ("steps", 20.0, lambda e: type(e.steps) is int and e.steps == 20),   # to JSON it is 20
+        ("optimizer.learning_rate", 1, lambda e: e.optimizer.learning_rate == 1),
+        ("evaluations", {"list": []}, lambda e: e.evaluations == []),
+        ("task.model", to_record(Pretrained("runs/x")), lambda e: e.task.model == Pretrained("runs/x")),
+        ("ema", None, lambda e: e.ema is None),
+    ],
+)
+def test_values_that_are_as_good_are_taken(path, value, read):
+    assert read(from_record(edited(path, value)))
+
+
+def test_annotations_that_say_nothing_refuse_nothing(tmp_path):
+    """Those that a field's own default breaks, and those of a class that another of the same form may stand for."""
+    file = write(tmp_path / "loose.py", textwrap.dedent("""
+        import dataclasses
+        from jaxgen.models.gpt import GPT
+        from jaxgen.tasks.language import LanguageModel
+
+        @dataclasses.dataclass(frozen=True)
+        class Loose:
+            scale: int = 0.5
+            name: str = None
+            hook: [int] = 3
+            other: "Nowhere" = 1
+
+        mine = LanguageModel(Loose())
+    """))
+    mine = files.load(file).mine
+    assert from_record(to_record(mine), trust=[file]) == mine
+    record.check(mine)
+
+
+def test_what_could_not_be_rebuilt_is_found_before():
+    record.check(experiment(data=Text(), evaluations=[HeldOut(every=np.int64(3))], steps=20.0))
+    with pytest.raises(UserError, match=r"^experiment\.evaluations\.0\.every is 1\.5, which should be a whole number$"):
+        record.check(experiment(data=Text(), evaluations=(HeldOut(every=1.5),)))
+    with pytest.raises(UserError, match=r"^experiment\.data is an object of class Mesh, which should be an object of"):
+        record.check(experiment(data=Mesh(), evaluations=()))
+
+
 def test_class_of_a_file_is_rebuilt_only_when_trusted(tmp_path):
     file = write(tmp_path / "mine.py", EXPERIMENT_FILE)
     e = load(file).experiment
@@ -188,7 +291,8 @@ def test_untrusted_file_is_not_executed(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "there is no run directory"), ("{", "is damaged"), ("[]", "can read"), ('{"format": 9}', "can read")],
+    [(None, "there is no run directory"), ("{", "is damaged"), ("[]", "can read"), ('{"format": 9}', "can read"),
+     ('{"format": 1}', "can read"), ('{"format": 1, "experiment": {}, "pretrained": []}', "can read")],
 )
 def test_run_directories_that_are_none(tmp_path, content, sentence):
     if content is not None:
@@ -432,6 +536,11 @@ def test_resume_is_refused(args):
         resume(e, override(e, ["--mesh.fsdp", "2", *args.split()]), lambda: True, "runs/tiny")
     said = str(error.value)
     assert field in said and "--run-dir" in said and "mesh" not in said and said.startswith("runs/tiny ")
+
+
+def test_resume_of_a_record_with_nonsense_for_steps():
+    with pytest.raises(UserError, match=r"steps \('ten', now 10\)"):
+        resume(to_record(experiment()) | {"steps": "ten"}, experiment())
 
 
 def test_resume_asks_for_the_content_of_other_paths():

@@ -107,7 +107,7 @@ def _program(experiment: Any) -> tuple[Any, Any]:
         print(f"the run's mesh does not fit {jax.device_count()} device(s): its data axis takes all", file=sys.stderr)
         experiment = dataclasses.replace(experiment, mesh=Mesh())
     sizes = experiment.mesh.sizes(jax.device_count())
-    shards = math.prod(sizes[axis] for axis in experiment.rules["batch"])
+    shards = math.prod(sizes.get(axis, 1) for axis in experiment.rules.get("batch", ()))
     size = -(-experiment.batch_size // shards) * shards   # what is measured does not depend on it
     experiment = dataclasses.replace(experiment, batch_size=size, microbatches=1)
     return experiment, program_of(experiment)

@@ -110,7 +110,9 @@ class _Run:
 
 def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Source], held: contextlib.ExitStack) -> _Run:
     """All that comes before the first step, with the run directory in `held`."""
-    lead = jax.process_index() == 0
+    lead, new = jax.process_index() == 0, not (directory / record.FILE).is_file()
+    if new:
+        record.check(experiment)  # else it would train, and not be opened afterwards
     program = program_of(experiment)
     console = metering.Console(experiment.steps, experiment.task.units(program.spec)[0], lead)
     program.shapes  # noqa: B018  what does not fit is found before any data is read
@@ -118,9 +120,8 @@ def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Sourc
     experiment.task.check_data(data)
     setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed)
     measures = [(e, e.build(setting)) for e in experiment.evaluations]
-    if not (directory / record.FILE).is_file():
-        for source in pretrained:
-            _origin(source)  # a mistake in it leaves no run behind
+    for source in pretrained if new else ():
+        _origin(source)  # a mistake in it leaves no run behind
 
     for change in _enter(directory, experiment, data, pretrained, held):
         console.say(f"{directory} goes on with another {change}")
@@ -513,7 +514,7 @@ def _conclude(run: _Run) -> None:
     for name, value in run.data.facts.items():
         if "xz" in name:
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-    for path in sorted((run.directory / "samples").glob(f"{run.experiment.steps:08d}-*.txt")):
+    for path in sorted((run.directory / "samples").glob(f"{run.step:08d}-*.txt")):
         print(f"\n{path.read_text(encoding='utf-8')}")
     print(f"run directory: {run.directory}")
     sys.stdout.flush()

@@ -334,6 +334,29 @@ def test_numbers():
     assert [size(n) for n in (0, 1023, 1536, 3 << 30, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "3 GiB", "5 TiB"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('"steps": 4', '"steps": "four"', 'experiment.steps of the record is "four", which should be a whole number'),
+        ('"mesh": {', '"mesh": [], "_": {', "experiment._ of the record is unknown to Experiment"),
+        ('"ema": {', '"ema": [1], "target": {', "experiment.ema of the record is [1], which should be an object of "),
+        ("optimizers:AdamW", "optimizers:AdmaW", "defines no such class; did you mean 'AdamW'?"),
+        ('"batch": [', '"bath": [', "No rule for the logical axis 'batch'; did you mean 'bath'?"),
+        ('"data",', '"dtaa",', "names the mesh axis 'dtaa', which does not exist; did you mean 'data'?"),
+    ],
+)  # fmt: skip
+def test_a_record_that_a_hand_has_edited(file, capsys, before, after, said):
+    record.store("runs/tiny", load("tiny.py").experiment)
+    path = Path("runs/tiny/experiment.json")
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    for verb in ("sample", "eval", "show"):
+        assert main([verb, "tiny"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("jaxgen: ") and said in line
+
+
 def test_a_record_of_something_else(tmp_path, capsys):
     record.store(tmp_path, Pretrained("runs/x"))
     assert main(["sample", str(tmp_path)]) == 2
