@@ -4,8 +4,8 @@
 
 Both read, decode, crop at random, resize to 224 pixels (bilinear), flip and stack batches of 64, in processes that are
 held on the same core. The DataLoader is measured without worker processes and with one. Prints the median images a
-second of each, by the clock and by the processor's time (which other programs on the machine change less), and the ratio
-of jaxgen's to the DataLoader's better one; above 1 jaxgen is faster.
+second of each, by the clock and by the processor's time (which other programs on the machine change less), and the
+ratio of jaxgen's to the DataLoader's better one; above 1 jaxgen is faster.
 """
 
 import argparse
