@@ -547,7 +547,7 @@ def coverage(shape: str, x: float, y: float, radius: float, size: int,
     scale = np.float32(1 / radius)
     u = (np.arange(left, right, dtype=np.float32)[None] + np.float32(0.5 - x)) * scale
     v = (np.arange(top, bottom, dtype=np.float32)[:, None] + np.float32(0.5 - y)) * scale
-    inside = np.clip(0.5 - _distance(shape, u, v) * np.float32(radius), 0, 1)
+    inside = np.minimum(np.maximum(0.5 - _distance(shape, u, v) * np.float32(radius), 0), 1)  # np.clip is slower
     return slice(top, bottom), slice(left, right), inside, white(texture, u, v, radius)
 
 
