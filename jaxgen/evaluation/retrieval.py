@@ -126,7 +126,7 @@ def ranker(sharding: Sharding, chunk: int = CHUNK) -> Callable[..., Ranks]:
         ahead = similarities(queries, candidates) - best[:, None]
         right, level = group[:, None] == groups, jnp.abs(ahead) <= NEAR
         wrong = ~right & (groups >= 0)
-        return counts + jnp.stack([wrong & (ahead > NEAR), wrong & level, right & level]).sum(-1)
+        return counts + jnp.stack([jnp.sum(x, 1) for x in (wrong & (ahead > NEAR), wrong & level, right & level)])
 
     @jax.jit
     def gathered(x):
