@@ -232,9 +232,10 @@ class Images(Data):
         if self.heldout_path:
             parts["heldout"] = open_pictures(self.heldout_path, self.image, self.images, cache)
         key = caching.key(VERSION, type(self).__name__, {n: s.fingerprint(cache, progress) for n, s in parts.items()},
-                          self._needs(), self.heldout, self.heldout_by, self.max_bad)
+                          self._needs(), self.heldout, self.heldout_by)
         directory = caching.build(cache / "pictures" / key, lambda d: self._write(d, parts, progress))
         meta = json.loads((directory / "meta.json").read_text())
+        check_skipped(meta["skipped"], meta["bad"], meta["total"], self.max_bad)
         return Index(directory, meta, parts["train"], parts.get("heldout", parts["train"]))
 
     def _write(self, directory: Path, sources: dict[str, Pictures], progress: Progress | None) -> None:
@@ -253,7 +254,6 @@ class Images(Data):
                         _held(row.name if group is None else str(group), self.heldout)
                     kept["heldout" if held else "train"].append((i, row.name, value))
             total += size
-        check_skipped(bad, len(bad), total, self.max_bad)
         if not kept["train"]:
             raise UserError(f"none of the {total} pictures of {self.path} can be used, for example "
                             f"{': '.join(next(iter(bad.items())))}" if not kept["heldout"] else
@@ -262,7 +262,7 @@ class Images(Data):
             raise UserError("there are no pictures in data.heldout_path" if self.heldout_path else
                             f"no picture of {len(kept['train'])} fell into the held-out part ({self.heldout:g}); use "
                             "data.heldout_by 'tail', a larger data.heldout, or data.heldout_path")
-        meta: dict[str, Any] = {"skipped": dict(list(bad.items())[:NAMED]), "bad": len(bad),
+        meta: dict[str, Any] = {"skipped": dict(list(bad.items())[:NAMED]), "bad": len(bad), "total": total,
                                 "counts": {part: len(rows) for part, rows in kept.items()}}
         for part, rows in kept.items():
             np.save(directory / f"{part}.rows.npy", np.asarray([i for i, _, _ in rows], np.int64))

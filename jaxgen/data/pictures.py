@@ -603,8 +603,7 @@ class ArrayRecords(Pictures):
             if not index:
                 raise UserError(_no_column(self.files[0], self.column, fields))
             return Row(str(index), problem=f"it has no field '{self.column}'")
-        return Row(str(index), {name: value if name == "image" else _plain(value) for name, value in fields.items()
-                                if name != self.column})
+        return Row(str(index), {name: _plain(value) for name, value in fields.items() if name != self.column})
 
     def image(self, index: int) -> bytes:
         value = self._fields(index).get(self.column)
@@ -623,6 +622,8 @@ class ArrayRecords(Pictures):
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
     return _text(value) if isinstance(value, bytes) else value
 
 
