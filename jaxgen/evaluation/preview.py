@@ -35,15 +35,18 @@ class TextPreview(Evaluation):
 
 
 def continue_texts(model, params, tokenizer, prompts, tokens: int, sampling: Sampling, seed: int) -> list[str]:
-    """What the model writes after each prompt. Lengths are rounded up so that few shapes are compiled."""
+    """What the model writes after each prompt. Lengths are rounded up so that few shapes are compiled.
+
+    Of a prompt that is too long for the positions that the model has learned, beside the new tokens, its end is read.
+    """
     start = tokenizer.eos
     encoded = [([] if start is None else [start]) + tokenizer.encode(p).tolist() for p in prompts]
     encoded = [e or [0] for e in encoded]
-    room = model.max_length - 1 if model.positions == "learned" else 1 << 30
-    tokens = min(tokens, room)
-    encoded = [e[-(room - tokens) or -1 :] if len(e) + tokens > room else e for e in encoded]
     width = -(-max(map(len, encoded)) // 32) * 32
-    width = min(width, room + 1 - tokens)
+    if model.positions == "learned":
+        tokens = min(tokens, model.max_length)
+        width = min(width, model.max_length - tokens + 1)  # the last new token takes no position: it is not read
+        encoded = [e[-width:] for e in encoded]
     padded = np.zeros((len(encoded), width), np.int32)
     for row, ids in zip(padded, encoded, strict=True):
         row[: len(ids)] = ids
