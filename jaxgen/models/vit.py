@@ -89,6 +89,8 @@ class ViT(nn.Module):
     patch_bias: bool = True
     pre_norm: bool = False
     """A norm before the first block."""
+    norm_pooled: bool = False
+    """With `pool="mean"`, the final norm is of the mean and not of each token (He et al. 2022, MAE)."""
     qk_norm: bool = False
     """RMSNorm on every query and key head."""
     scan: bool = True
@@ -142,7 +144,11 @@ class ViT(nn.Module):
                 f"Rotary rows and columns need a head size that is a multiple of 4, not {self.width // self.heads}."
             )
         if self.positions == "sincos" and (self.width % 4 or self.width < 8):
-            raise UserError(f"Sinusoidal rows and columns need a width that is a multiple of 4, not {self.width}.")
+            raise UserError(
+                f"Sinusoidal rows and columns need a width that is a multiple of 4, and at least 8, not {self.width}."
+            )
+        if self.norm_pooled and self.pool != "mean":
+            raise UserError(f'norm_pooled is for pool="mean", not "{self.pool}".')
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"patch_dropout = {self.patch_dropout} should be at least 0 and below 1.")
 
@@ -228,15 +234,17 @@ class ViT(nn.Module):
         if self.pool == "attention":
             return self.attention_pool(x, mask)
         if mask is None:
-            return x.mean(1)
-        return (x * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1).astype(x.dtype)
+            x = x.mean(1)
+        else:
+            x = (x * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1).astype(x.dtype)
+        return self.final_norm(x) if self.norm_pooled else x
 
     def tokens(self, image: Float[Array, "B H W C"] | Patches, key: Array | None = None) -> Float[Array, "B N E"]:
-        """The normed residual stream at each patch."""
+        """The normed residual stream at each patch (as it is, where the norm is of the mean)."""
         return self._encode(image, key)[0][:, self.extra :]
 
     def _encode(self, image, key):
-        """(the normed residual stream of all tokens, the patches' mask or None)."""
+        """(what `tokens` gives of all tokens, the patches' mask or None)."""
         values, coordinates, mask = image if isinstance(image, Patches) else (image, None, None)
         if mask is None:
             if values.shape[-1] != self.channels:
@@ -267,8 +275,9 @@ class ViT(nn.Module):
             values, coordinates, mask, at = (None if x is None else take(x) for x in (values, coordinates, mask, at))
         x = self.patch_embedding(values)
         x = x if at is None else x + at
-        x = sharding.constrain(self._prepend(x), "batch", "length", None)
+        x = self._prepend(x)
         check_length(x.shape[1], "The ViT")
+        x = sharding.constrain(x, "batch", "length", None)
         if self.pre_norm:
             x = self.embedding_norm(x)
         if self.positions == "rope":  # what is not a patch is not turned
@@ -280,7 +289,7 @@ class ViT(nn.Module):
             segments = jnp.pad(mask, ((0, 0), (self.extra, 0)), constant_values=True).astype(jnp.int32)
         seen = Mask("bidirectional", query_segments=segments)
         x, _ = run_stack(self.block, self.blocks, x, [seen], coordinates, scan=self.scan, remat=self.remat)
-        return self.final_norm(x), mask
+        return x if self.norm_pooled else self.final_norm(x), mask
 
     def _embed_positions(self, coordinates, mask, standard: bool):
         if self.positions == "sincos":

@@ -104,7 +104,7 @@ def run_stack(
     params: Any,
     x: Float[Array, "B L E"],
     masks: Sequence[Mask],
-    positions: Int[Array, "B L *axes"] | None = None,
+    positions: Int[Array, "#B L *axes"] | None = None,
     cache: Cache | None = None,
     keys: Array | None = None,
     scan: bool = True,

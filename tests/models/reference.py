@@ -32,7 +32,7 @@ def silu(x):
 
 ACTIVATIONS = {
     "gelu": gelu, "gelu_exact": gelu_exact, "relu": lambda x: np.maximum(x, 0), "silu": silu, "geglu": gelu,
-    "swiglu": silu,
+    "swiglu": silu, "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
 }  # fmt: skip
 
 
