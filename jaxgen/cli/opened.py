@@ -113,32 +113,31 @@ def _program(experiment: Any) -> tuple[Any, Any]:
     return experiment, program_of(experiment)
 
 
-def _own_tokenizer(tree: Any, directory: Path) -> Any:
+def _own_tokenizer(experiment: Any, directory: Path) -> Any:
     """The experiment with the tokenizer that the run keeps, so that other data is read as the model learned it."""
     if not (directory / "tokenizer" / "tokenizer.json").is_file():
-        return tree
-    from jaxgen.data.tokenizers import Tokenizer, TokenizerConfig, load
+        return experiment
+    from jaxgen.data.tokenizers import TokenizerConfig, load
 
-    @dataclasses.dataclass(frozen=True)
+    kept = load(directory / "tokenizer")
+
     class Kept(TokenizerConfig):
-        tokenizer: Tokenizer
+        vocab_size = kept.vocab_size
 
-        @property
-        def vocab_size(self) -> int:
-            return self.tokenizer.vocab_size
-
-        def fit(self, texts: Any = ()) -> Tokenizer:
-            return self.tokenizer
-
-    kept = Kept(load(directory / "tokenizer"))
-
-    def replaced(data: Any) -> Any:
-        if isinstance(data, TokenizerConfig):
+        def fit(self, texts: Any = ()) -> Any:
             return kept
-        if isinstance(data, tuple):
-            return tuple(map(replaced, data))
-        if record.is_node(data):
-            return dataclasses.replace(data, **{f.name: replaced(getattr(data, f.name)) for f in record.fields(data)})
-        return data
 
-    return dataclasses.replace(tree, data=replaced(tree.data))
+    return dataclasses.replace(experiment, data=_swapped(experiment.data, TokenizerConfig, Kept()))
+
+
+def _swapped(tree: Any, kind: type, value: Any) -> Any:
+    """The tree with a value in the place of all that is of a kind; at once, since the parts of a mixture must agree."""
+    if isinstance(tree, kind):
+        return value
+    if isinstance(tree, tuple | list):
+        return type(tree)(_swapped(x, kind, value) for x in tree)
+    if record.is_node(tree):
+        return dataclasses.replace(
+            tree, **{f.name: _swapped(getattr(tree, f.name), kind, value) for f in record.fields(tree)}
+        )
+    return tree

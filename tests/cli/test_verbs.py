@@ -14,13 +14,16 @@ import pytest
 from jaxgen import record
 from jaxgen.cli.experiments import split
 from jaxgen.cli.main import main
+from jaxgen.cli.opened import _own_tokenizer
 from jaxgen.cli.show import chips
 from jaxgen.cli.text import number, size
 from jaxgen.cli.train import parser
+from jaxgen.data import Bytes, Mixture, SentencePiece, Text
 from jaxgen.errors import UserError
 from jaxgen.experiment import load, resolve
 from jaxgen.pretrained import Pretrained
 
+ROOT = Path(__file__).parents[2]
 FILE = textwrap.dedent("""
     import dataclasses
     from jaxgen.data.text import Text
@@ -236,6 +239,18 @@ def test_a_run_that_begins_from_another(file, capsys):
     assert "resumed runs/tuned at step 1" in capsys.readouterr().err
     assert main(["train", "tuned.py", "--run-dir", "other"]) == 2
     assert "there is no file tiny.py" in capsys.readouterr().err
+
+
+def test_all_data_is_read_by_the_tokenizer_that_the_run_keeps(tmp_path):
+    """In each part of a mixture, which takes no two."""
+    data = Mixture((Text("a", tokenizer=SentencePiece(512)), Text("b", tokenizer=SentencePiece(512))))
+    experiment = dataclasses.replace(load(ROOT / "experiments/gpt/quickstart.py").experiment, data=data)
+    assert _own_tokenizer(experiment, tmp_path) == experiment
+    Bytes().fit().save(tmp_path / "tokenizer")
+    found = _own_tokenizer(experiment, tmp_path).data
+    assert [(p.path, p.tokenizer.vocab_size, p.tokenizer.fit().kind) for p in found.parts] == [
+        ("a", 257, "bytes"), ("b", 257, "bytes"),
+    ]  # fmt: skip
 
 
 # show
