@@ -312,7 +312,8 @@ def _none(x: Any) -> bool:
 def _origin(source: Source) -> tuple[Checkpoints, Any, str]:
     """Where the weights of a source are: its checkpoints, the step, and the tree (ema/PART or params/PART) in it."""
     wanted = source.pretrained
-    policy = record.from_record(record.stored(source.directory).experiment["checkpoint"])  # says what best means
+    data = record.stored(source.directory).experiment["checkpoint"]
+    policy = record.from_record(data, path="experiment.checkpoint")  # says what best means
     reader = Checkpoints(Path(source.directory) / "checkpoints", policy, read_only=True)
     theirs = wanted.part.removeprefix("task.").split(".")[0]
     step = wanted.step if wanted.step in ("latest", "best") else int(wanted.step)
