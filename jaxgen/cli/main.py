@@ -17,6 +17,8 @@ VERBS = {
     "sample": ("sample", "sample from a run"),
     "eval": ("evaluate", "measure a run"),
     "search": ("search", "rank pictures by how near they are to a text"),
+    "import": ("importing", "make a model directory of another project's weights"),
+    "export": ("exporting", "write a run's weights as another project reads them"),
     "tokenizer": ("tokenizer", "train a tokenizer"),
 }
 DONE, MISTAKE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 0, 2, 75, 130, 141

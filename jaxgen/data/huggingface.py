@@ -17,18 +17,21 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int, Integer
 
-from jaxgen.data.tokenizers import SentencePieceTokenizer, Tokenizer, TokenizerConfig, read_model
+from jaxgen.data.tokenizers import SentencePieceTokenizer, Tokenizer, TokenizerConfig, load, read_model
 from jaxgen.errors import UserError, nearest
+from jaxgen.files import write_whole
 
+FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 END = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFace(TokenizerConfig):
-    """The tokenizer of another project's model.
+class Existing(TokenizerConfig):
+    """The tokenizer of a model that exists.
 
     Attributes:
-      path: its folder, with `tokenizer.json` or a SentencePiece model in it; or that file.
+      path: another project's folder, with `tokenizer.json` or a SentencePiece model in it, or that file; or the folder
+        `tokenizer` of a run or an imported model.
       vocab_size: number of entries; what that tokenizer has.
     """
 
@@ -50,7 +53,9 @@ def read(path: str | Path) -> Tokenizer:
       UserError: there is none, or it has no token that ends a text.
     """
     path = Path(path).expanduser()
-    files = [path / name for name in ("tokenizer.json", "spiece.model", "tokenizer.model")] if path.is_dir() else [path]
+    if _is_ours(path):
+        return load(path)
+    files = [path / name for name in FILES] if path.is_dir() else [path]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
         raise UserError(f"no tokenizer at {path}" + (
@@ -62,6 +67,36 @@ def read(path: str | Path) -> Tokenizer:
     else:
         inner = _tokenizer_json(file, told)
     return CaptionTokenizer(inner, lower, plain) if lower or plain else inner
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether `Tokenizer.save` wrote the folder."""
+    try:
+        return "fingerprint" in json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def write(tokenizer: Tokenizer | None, folder: str | Path) -> bool:
+    """Writes the tokenizer in the form of other projects; False where it has none."""
+    folder = Path(folder)
+    inner = tokenizer.inner if isinstance(tokenizer, CaptionTokenizer) else tokenizer
+    told: dict[str, Any] = {}
+    if isinstance(inner, HuggingFaceTokenizer):
+        names = {i: token for token, i in _parsed(inner.definition).get_vocab(with_added_tokens=True).items()}
+        write_whole(folder / "tokenizer.json", inner.definition)
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[inner.eos],
+                "pad_token": names[inner.padding]}
+        if inner is not tokenizer:
+            told["tokenizer_class"] = "Siglip2Tokenizer"
+    elif isinstance(inner, SentencePieceTokenizer) and inner is not tokenizer:
+        write_whole(folder / "spiece.model", inner.model)
+        told = {"tokenizer_class": "SiglipTokenizer", "do_lower_case": tokenizer.lower, "eos_token": "</s>",
+                "pad_token": "</s>", "unk_token": "<unk>"}
+    else:
+        return False
+    write_whole(folder / "tokenizer_config.json", json.dumps(told, indent=1) + "\n")
+    return True
 
 
 def _told(folder: Path) -> dict[str, Any]:

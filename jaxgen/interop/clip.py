@@ -1,5 +1,6 @@
 """CLIP, SigLIP and SigLIP 2: the names and the configurations of transformers and of open_clip."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,13 +30,14 @@ class Pair(Format):
     """What all formats of two towers share."""
 
     mean_std = OPENAI
+    crop = True
 
     def inputs(self, module):
         length = module.text.max_length
         return picture(module.image), jnp.zeros((1, length), jnp.int32), jnp.full((1,), length, jnp.int32)
 
     def pictures(self, config, module):
-        return preprocessed(config, module.image.image_size, *self.mean_std)
+        return preprocessed(config, module.image.image_size, *self.mean_std, self.crop)
 
 
 class ClipFormat(Pair):
@@ -90,6 +92,7 @@ class SiglipFormat(Pair):
     kind = "siglip"
     patches = PATCHES
     mean_std = HALF
+    crop = False   # the whole picture, squeezed
 
     def recognises(self, config):
         return config.get("model_type") == self.kind
@@ -154,6 +157,10 @@ class Siglip2Format(SiglipFormat):
 
     def size(self, image):
         return {"num_patches": image.side**2}
+
+    def pictures(self, config, module):
+        told = config.get("preprocessor", {}).get("max_num_patches") or module.image.side**2
+        return dataclasses.replace(super().pictures(config, module), crop=False, patches=told)
 
 
 def part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -321,13 +328,14 @@ class OpenClipFormat(Pair):
 
     def files(self, module, pictures):
         told = {"mean": list(pictures.mean), "std": list(pictures.std), "interpolation": "bicubic",
-                "resize_mode": "shortest"}  # fmt: skip
+                "resize_mode": "shortest" if pictures.crop else "squash"}  # fmt: skip
         return {"open_clip_config.json": {**self.config(module), "preprocess_cfg": told}}
 
     def pictures(self, config, module):
         told = config.get("preprocess_cfg") or {}
         mean, std = HALF if module.bias and not told else OPENAI
-        return Pictures(module.image.image_size, tuple(told.get("mean", mean)), tuple(told.get("std", std)))
+        crop = told.get("resize_mode", "squash" if module.bias else "shortest") == "shortest"
+        return Pictures(module.image.image_size, tuple(told.get("mean", mean)), tuple(told.get("std", std)), crop)
 
 
 def _heads(config: Mapping[str, Any]) -> dict[str, int]:

@@ -31,6 +31,10 @@ class Pictures:
     size: int = 224
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    crop: bool = True
+    """The shorter side is made `size` and the middle cut out; False squeezes the whole picture."""
+    patches: int = 0
+    """Patches of a picture that keeps its proportions (NaFlex); 0 for pictures of one size."""
 
 
 class Format(abc.ABC):
@@ -205,17 +209,24 @@ def require(config: Mapping[str, Any], what: str, **wanted: Any) -> None:
             raise UserError(f"{what} with {key} = {config[key]!r} is not imported, only {value!r}")
 
 
-def preprocessed(config: Mapping[str, Any], size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Pictures:
+def preprocessed(
+    config: Mapping[str, Any], size: int, mean: tuple[float, ...], std: tuple[float, ...], crop: bool = True
+) -> Pictures:
     """What preprocessor_config.json says, or the family's own way."""
     told = config.get("preprocessor", {})
-    return Pictures(size, tuple(told.get("image_mean", mean)), tuple(told.get("image_std", std)))
+    if told:
+        crop = bool(told.get("do_center_crop", "crop_size" in told))
+    return Pictures(size, tuple(told.get("image_mean", mean)), tuple(told.get("image_std", std)), crop)
 
 
 def preprocessor(module: nn.Module, pictures: Pictures) -> dict[str, Any]:
+    square = {"height": pictures.size, "width": pictures.size}
+    size = {"size": {"shortest_edge": pictures.size}, "crop_size": square} if pictures.crop else {"size": square}
+    if pictures.patches:
+        size = {"max_num_patches": pictures.patches, "patch_size": module.image.patch}
     return {
-        "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
-        "size": {"shortest_edge": pictures.size}, "crop_size": {"height": pictures.size, "width": pictures.size},
-        "resample": 3, "rescale_factor": 1 / 255,
+        "do_resize": True, "do_center_crop": pictures.crop and not pictures.patches, "do_rescale": True,
+        "do_normalize": True, "do_convert_rgb": True, **size, "resample": 3, "rescale_factor": 1 / 255,
         "image_mean": list(pictures.mean), "image_std": list(pictures.std),
     }  # fmt: skip
 

@@ -78,7 +78,7 @@ class ViTFormat(Format):
         return (picture(module),)
 
     def pictures(self, config, module):
-        return preprocessed(config, module.image_size, *HALF)
+        return preprocessed(config, module.image_size, *HALF, crop=False)
 
 
 def picture(module: Any) -> jnp.ndarray:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxgen.data import huggingface
 from jaxgen.data.captions import encode_captions
-from jaxgen.data.huggingface import CaptionTokenizer, HuggingFace, read
+from jaxgen.data.huggingface import CaptionTokenizer, Existing, read
 from jaxgen.data.tokenizers import load
 from jaxgen.errors import UserError
 
@@ -55,11 +55,11 @@ def test_saved_and_loaded(golden, tmp_path):
 
 def test_an_experiment_names_it(golden):
     folder, told = golden
-    config = HuggingFace(str(folder), told["vocab_size"])
+    config = Existing(str(folder), told["vocab_size"])
     assert not config.trained
     assert config.fit().encode("a cat").tolist() == read(folder).encode("a cat").tolist()
     with pytest.raises(UserError, match=rf"has {told['vocab_size']} entries, but tokenizer.vocab_size is 7"):
-        HuggingFace(str(folder), 7).fit()
+        Existing(str(folder), 7).fit()
 
 
 def test_siglip_cleans_up():

@@ -2,7 +2,7 @@
 imported, and what those projects compute with them. Run by hand, where torch, transformers, timm and open_clip are:
 
     python tests/interop/make_golden.py                  # all; or some, by name
-    python tests/interop/make_golden.py --check DIR      # what `jaxgen export` wrote, loaded and run by the reference
+    python tests/interop/make_golden.py --check clip DIR # DIR is `jaxgen import golden/clip M; jaxgen export M DIR`
 
 Each folder is as the project itself saves a model, with `io.npz` beside: inputs (`image` uint8, (B, H, W, C)) and
 the outputs in float32. Models that would be large have no weights stored, but `drawn.json`, by which they are drawn
@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).parent / "golden"
 VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, patch_size=8)
-TEXT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
+TEXT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
             max_position_embeddings=9, bos_token_id=38, eos_token_id=39, pad_token_id=39)  # fmt: skip
 
 
 def without_torchvision() -> None:
     """timm and open_clip name torchvision at import, for pictures and frozen norms that are not used here."""
+    import transformers  # noqa: F401   (which looks whether it is there, before it seems so)
 
     class Anything(types.ModuleType):
         __path__: list = []
@@ -198,7 +199,7 @@ TIMM = {   # name: (model, arguments beside)
     "timm_bit": ("resnetv2_50x1_bit", dict(num_classes=5, channels=(128, 256, 512, 1024), stem_chs=32)),
 }
 TOWER = dict(layers=2, width=24, head_width=8, patch_size=8, mlp_ratio=2.0)
-WORDS = dict(context_length=9, vocab_size=40, width=16, heads=2, layers=2, mlp_ratio=2.0)
+WORDS = dict(context_length=9, vocab_size=64, width=16, heads=2, layers=2, mlp_ratio=2.0)
 OPEN_CLIP = {
     "open_clip": dict(embed_dim=20, vision_cfg=dict(image_size=24, **TOWER), text_cfg=WORDS),
     "open_clip_siglip": dict(
@@ -303,7 +304,36 @@ def save_tokenizers() -> None:
         print(folder.name, [f.name for f in folder.iterdir()], ids[:2])
 
 
+def check(name: str, folder: Path) -> None:
+    """What `jaxgen export` wrote, loaded and run by the reference, against what it gave at first."""
+    wanted = dict(np.load(HERE / name / "io.npz"))
+    if name in OPEN_CLIP:
+        from safetensors.torch import load_file
+
+        model = open_clip_model(json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]).eval()
+        told = model.load_state_dict(load_file(folder / "open_clip_model.safetensors"), strict=True)
+        found = open_clip_run(model)
+    else:
+        import transformers as t
+
+        run = transformers_models()[name]()[1]
+        (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+        more = {}
+        if name == "clip":   # without a tokenizer, `jaxgen export` takes the last id for the end of text
+            more["config"] = t.AutoConfig.from_pretrained(folder)
+            more["config"].text_config.eos_token_id = 39
+        model, told = getattr(t, architecture).from_pretrained(folder, output_loading_info=True, **more)
+        assert not any(told.values()), told
+        found = run(model.eval())
+    for key in ("image_embeds", "text_embeds", "logits"):
+        if key in wanted:
+            print(f"{name} {key}: {np.abs(found[key] - wanted[key]).max() / np.abs(wanted[key]).max():.1e}")
+
+
 def main(names: list[str]) -> None:
+    if names and names[0] == "--check":
+        check(names[1], Path(names[2]))
+        return
     if not names or "tokenizers" in names:
         save_tokenizers()
         names = [name for name in names if name != "tokenizers"]
