@@ -38,7 +38,8 @@ class Classification(Task):
     std: tuple[float, ...] = (0.5,)
 
     def init(self, key):
-        state = dict(vision.for_init(self.model).init(key, vision.example(self.model)))
+        with vision.unsplit():
+            state = dict(vision.for_init(self.model).init(key, vision.example(self.model)))
         return {"model": state.pop("params")}, state
 
     def loss(self, params: Params, batch: Batch, context: Context) -> Loss:

@@ -53,7 +53,8 @@ class Contrastive(Task):
     def init(self, key):
         model = self.model.clone(image=vision.for_init(self.image), text=vision.for_init(self.text))
         tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
-        state = model.init(key, vision.example(self.image), tokens, lengths)
+        with vision.unsplit():
+            state = dict(model.init(key, vision.example(self.image), tokens, lengths))
         return state.pop("params"), state
 
     def loss(self, params: Params, batch: Batch, context: Context) -> Loss:

@@ -1,5 +1,8 @@
 """What the tasks with pictures share: from a batch's pixels to a model's input."""
 
+import contextlib
+from collections.abc import Iterator
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ from jaxgen.models.vit import ViT
 from jaxgen.nn import dtypes, kernels
 from jaxgen.nn.attention import Mask
 from jaxgen.nn.patches import Patches
+from jaxgen.sharding import RULES, Mesh, Sharding, current
 from jaxgen.tasks.base import Batch, Spec
 
 NAMES = ("image", "patches", "coordinates", "patch_mask")
@@ -46,6 +50,15 @@ def example(model: nn.Module) -> Float[Array, "1 H W C"]:
 def for_init(model: nn.Module) -> nn.Module:
     """The model as it is initialised: with the kernel that takes any shape."""
     return model.clone(kernel="xla") if hasattr(model, "kernel") else model
+
+
+@contextlib.contextmanager
+def unsplit() -> Iterator[None]:
+    """One device, whatever the mesh, for what is traced inside: initialisation makes parameters of one example, whose
+    activations no mesh needs to divide."""
+    scope = current()
+    with Sharding(Mesh(data=1).abstract(1), RULES if scope is None else scope.rules).use():
+        yield
 
 
 def check(spec: Spec, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], where: str) -> None:
