@@ -68,7 +68,7 @@ def test_smoke_form_reaches_its_metric(file, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = metrics.last(tmp_path / "run")
     assert load(file).smoke.target.reached(found), found
-    assert list((tmp_path / "run" / "samples").glob("*.txt"))
+    assert list((tmp_path / "run" / "samples").iterdir())
 
 
 COMPILE = """

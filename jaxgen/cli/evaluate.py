@@ -1,6 +1,5 @@
 """`jaxgen eval RUN`."""
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -82,11 +81,9 @@ def _keep(folder: Path, told: dict[str, Any], images: dict[str, Any]) -> Path | 
     try:
         folder.mkdir(exist_ok=True)
         for key, image in images.items():
-            from PIL import Image
+            from jaxgen.data.sheets import png
 
-            content = io.BytesIO()
-            Image.fromarray(image).save(content, "PNG")
-            write_whole(folder / f"{name}-{key}.png", content.getvalue())
+            write_whole(folder / f"{name}-{key}.png", png(image))
             told["images"][key] = str(folder / f"{name}-{key}.png")
         write_whole(folder / f"{name}.json", json.dumps(told, indent=1) + "\n")
     except OSError as error:

@@ -269,7 +269,7 @@ def _keep(key: str, known: Mapping[str, "np.ndarray"]) -> None:
     np.savez(content, digests=np.array([k.encode() for k in known]), vectors=np.stack(list(known.values())))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content.getvalue())
+        write_whole(path, content)
     except OSError as error:
         print(f"the embeddings are not kept for the next search: {path.parent}: {error.strerror}", file=sys.stderr)
 
@@ -279,21 +279,19 @@ def _keep(key: str, known: Mapping[str, "np.ndarray"]) -> None:
 
 def _draw(ranked: list[tuple[Path, float]], wanted: str | None, default: Path) -> Path | None:
     """Writes the contact sheet. Where nobody asked for one, a folder that cannot be written is no mistake."""
-    from PIL import Image
 
     from jaxgen.data import images
-    from jaxgen.data.sheets import sheet
+    from jaxgen.data.sheets import png, sheet
     from jaxgen.files import write_whole
 
     path = Path(wanted) if wanted else default
     pictures = [images.decode(file.read_bytes(), size=SIDE) for file, _ in ranked]
     labels = [f"{value:.3f} {file.name}" for file, value in ranked]
-    content = io.BytesIO()
-    Image.fromarray(sheet(pictures, min(4, len(ranked)), labels, size=SIDE)).save(content, "PNG")
+    content = png(sheet(pictures, min(4, len(ranked)), labels, size=SIDE))
     try:
         if not wanted:
             path.parent.mkdir(exist_ok=True)
-        write_whole(path, content.getvalue())
+        write_whole(path, content)
     except OSError as error:
         if wanted:
             raise UserError(f"the contact sheet {path} cannot be written: {error.strerror}") from None

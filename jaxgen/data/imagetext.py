@@ -151,8 +151,9 @@ class Images(Data):
     (B,): 0 where a picture cannot be read. In training such a picture is replaced by another.
 
     Attributes:
-      path: a folder, a table (.tsv or .jsonl), tar shards, ArrayRecord, tfds:NAME, .npz, or IDX; see
+      path: a folder, a table (.tsv or .jsonl), tar shards, ArrayRecord, tfds:NAME, .npz, or IDX; "" draws scenes; see
         `jaxgen.data.pictures.open_pictures`.
+      root: the folder that a relative path starts from.
       image: the column, field, array or (in tar shards) ending of the picture.
       images: where the pictures of a table are: a folder or a tar; "" for beside it.
       size: pixels of a side.
@@ -172,6 +173,7 @@ class Images(Data):
     """
 
     path: str = ""
+    root: str = ""
     image: str = "image"
     images: str = ""
     size: int = 64
@@ -226,11 +228,17 @@ class Images(Data):
         """Columns that every source must have."""
         return (self.group_by,) if self.group_by else ()
 
+    def _in_root(self, path: str) -> str:
+        if not (self.root and path) or path.startswith("tfds:"):
+            return path
+        return os.path.join(self.root, path)  # which leaves an absolute path as it is
+
     def _index(self, cache: Path, progress: Progress | None) -> Index:
         """The rows of both parts, found in `cache` or made there."""
-        parts = {"train": open_pictures(self.path, self.image, self.images, cache)}
+        images = self._in_root(self.images)
+        parts = {"train": open_pictures(self._in_root(self.path), self.image, images, cache)}
         if self.heldout_path:
-            parts["heldout"] = open_pictures(self.heldout_path, self.image, self.images, cache)
+            parts["heldout"] = open_pictures(self._in_root(self.heldout_path), self.image, images, cache)
         key = caching.key(VERSION, type(self).__name__, {n: s.fingerprint(cache, progress) for n, s in parts.items()},
                           self._needs(), self.heldout, self.heldout_by)
         directory = caching.build(cache / "pictures" / key, lambda d: self._write(d, parts, progress))
@@ -303,7 +311,8 @@ class Images(Data):
 
     def _facts(self, index: Index) -> dict[str, Any]:
         counts = index.meta["counts"]
-        facts = {"source": self.path, "pictures": counts["train"], "heldout_pictures": counts["heldout"]}
+        facts = {"source": self._in_root(self.path) or "drawn scenes", "pictures": counts["train"],
+                 "heldout_pictures": counts["heldout"]}
         if index.meta["bad"]:
             facts["skipped"] = index.meta["bad"]
             facts["skipped_names"] = "; ".join(f"{name}: {why}" for name, why in index.meta["skipped"].items())

@@ -96,6 +96,7 @@ def open_pictures(path: str, image: str = "image", images: str = "", cache: str 
     - ArrayRecord of tf.train.Example or of JSON with the picture in base64, in the field `image`.
     - `tfds:NAME[/CONFIG][:VERSION][#SPLIT]`, with the picture in the feature `image`.
     - `.npz` with arrays of one length, or IDX (MNIST's form) with its labels beside it.
+    - "" for drawn scenes of one object (`jaxgen.data.scenes`), with the columns `caption` and `label`.
 
     Args:
       cache: where indices of tar files are kept (default: the per-user cache).
@@ -104,7 +105,7 @@ def open_pictures(path: str, image: str = "image", images: str = "", cache: str 
       UserError: nothing is there, or it is damaged or of no known form.
     """
     if not path:
-        raise UserError("data.path is empty: name a folder, table, tar or other source of pictures")
+        return Drawn()
     if path.startswith("tfds:"):
         return TfdsPictures(path, image)
     files = find_files(path)
@@ -815,3 +816,38 @@ def read_idx(path: str) -> np.ndarray:
     if len(values) != int(np.prod(shape, dtype=np.int64)):
         raise UserError(f"{path} is a damaged IDX file: {len(values)} values, not {' x '.join(map(str, shape))}")
     return values.reshape(shape)
+
+
+# --- drawn ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn(Pictures):
+    """Scenes of one object, drawn as they are asked for: `caption` tells all, `label` the colour and the shape."""
+
+    size: int = 64
+    count: int = 4096
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _scene(self, index: int) -> Any:
+        from jaxgen.data import scenes
+
+        return scenes.sample(np.random.default_rng(index), level=1)
+
+    def row(self, index: int) -> Row:
+        from jaxgen.data import scenes
+
+        facts = self._scene(index).facts
+        return Row(f"scene {index}", {"caption": scenes.caption(facts), "label": facts.groups[0].name})
+
+    def image(self, index: int) -> Picture:
+        from jaxgen.data import scenes
+
+        return scenes.render(self._scene(index), self.size)
+
+    def fingerprint(self, cache: Path, progress: Progress | None = None) -> str:
+        from jaxgen.data import scenes
+
+        return caching.key("drawn", scenes.VERSION, self.size, self.count)

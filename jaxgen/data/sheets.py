@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP, LINE, LINES = 6, 14, 3   # pixels between cells; pixels of a line of text; lines below a picture
 COLOURS = {"green": (30, 160, 60), "red": (200, 40, 40)}
+
+
+def png(image: np.ndarray) -> bytes:
+    """A picture, uint8 (H, W, 3), as a PNG file's content."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "PNG")
+    return content.getvalue()
 
 
 def sheet(

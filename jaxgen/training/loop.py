@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jaxgen import files, record
 from jaxgen.data.base import Prepared
 from jaxgen.data.loader import Loader
+from jaxgen.data.sheets import png
 from jaxgen.errors import UserError
 from jaxgen.evaluation.base import Evaluation, Measure, Setting
 from jaxgen.sharding import Sharding
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from jaxgen.experiment import Experiment, Source
 
 PROFILED = (5, 10)  # steps after the first that a profile covers
+TOLD = 20  # examples that could not be read and are named; the others are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +359,8 @@ def _missed(run: _Run) -> list[tuple[Evaluation, Measure]]:
         return []
     names = {name for line in metering.read(run.directory) if line["step"] == step for name in line}
     recorded = [
-        any(name.startswith(f"eval/{e.name}/") for name in names) or _sample(run.directory, step, e.name).exists()
+        any(name.startswith(f"eval/{e.name}/") for name in names)
+        or _sample(run.directory, step, f"{e.name}.txt").exists()
         for e, _ in due
     ]
     recorded = multihost_utils.broadcast_one_to_all(np.array(recorded))  # all processes measure, or none
@@ -377,18 +380,21 @@ def _evaluate(
             continue
         if numbers:
             writer.write(step, numbers)
+        if report.texts or report.images:
+            (run.directory / "samples").mkdir(exist_ok=True)
         for name, text in report.texts.items():
-            path = _sample(run.directory, step, name)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            files.write_whole(_sample(run.directory, step, f"{name}.txt"), text)
             writer.text(name, step, text)
+        for name, image in report.images.items():
+            files.write_whole(_sample(run.directory, step, f"{name}.png"), png(image))
+            writer.image(name, step, image)
     if found and step < run.experiment.steps:  # at the end `_conclude` tells
         run.console.say(f"step {step}: " + ", ".join(f"{k[len('eval/') :]} {v:.4f}" for k, v in found.items()))
     return found
 
 
 def _sample(directory: Path, step: int, name: str) -> Path:
-    return directory / "samples" / f"{step:08d}-{name}.txt"
+    return directory / "samples" / f"{step:08d}-{name}"
 
 
 # ---- pace ----
@@ -413,7 +419,7 @@ class _Meter:
         self._max_skipped = max_skipped
         self._pending: tuple[int, Any] | None = None
         self._steps, self._time, self._waited = 0, time.perf_counter(), loader.wait_seconds
-        self._first = True
+        self._first, self._told = True, 0
         self.diverged = False
 
     def step(self, step: int, metrics: Any) -> None:
@@ -450,6 +456,11 @@ class _Meter:
                 "train/mfu": mfu,
             }
             self._console.pace(seconds)
+        if skipped := dict(self._loader.skipped):
+            numbers["data/skipped"] = len(skipped)
+            for name, reason in list(skipped.items())[self._told : TOLD]:
+                self._console.say(f"skipped {name}: {reason}")
+            self._told = len(skipped)
         if self._writer is not None:
             self._writer.write(step, numbers)
         self._console.update(step, values, rate, mfu)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxgen import files
 from jaxgen.errors import UserError
 
@@ -77,6 +79,11 @@ class Writer:
         """A text, for TensorBoard."""
         if self._events is not None:
             self._events.add_text(name, f"    {text}".replace("\n", "\n    "), step)
+
+    def image(self, name: str, step: int, image: np.ndarray) -> None:
+        """A picture, uint8 (H, W, 3), for TensorBoard."""
+        if self._events is not None:
+            self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()

@@ -302,7 +302,7 @@ def test_what_is_missing(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(b"")
     (tmp_path / "t.tsv").write_text("file\tcaption\nb.png\tx\n")
     (tmp_path / "none.tsv").write_text("")
-    for path, message in (("", "data.path is empty"), (tmp_path / "empty", "no files in .*empty"),
+    for path, message in ((tmp_path / "empty", "no files in .*empty"),
                           (tmp_path / "text", "no pictures in .*text, only a.txt"),
                           (tmp_path / "tetx", "no data at .*tetx; did you mean 'text'"),
                           (tmp_path / "a.tar.gz", "is packed and cannot be read at random: unpack it")):
@@ -330,3 +330,14 @@ def test_damaged_tars(tmp_path):
     write_tar(path, [("a.txt", b"x")])
     with pytest.raises(UserError, match="no pictures in .*a.tar"):
         len(open_pictures(str(path), cache=tmp_path / "cache"))
+
+
+def test_drawn_scenes_say_what_they_show():
+    from jaxgen.data.scenes import parse
+    from jaxgen.evaluation.scenes import read
+
+    source = pickle.loads(pickle.dumps(open_pictures("")))
+    assert len(source) == 4096
+    for i in range(20):
+        row, facts = source.row(i), read(source.image(i), level=1)
+        assert facts == parse(row.columns["caption"]) and row.columns["label"] == facts.groups[0].name

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from jaxgen.data import Bytes, Text
+from jaxgen.data import Bytes, Text, batching
 from jaxgen.errors import UserError
+from jaxgen.evaluation.base import Evaluation, Report
 from jaxgen.evaluation.heldout import HeldOut
 from jaxgen.evaluation.preview import TextPreview
 from jaxgen.experiment import Experiment, train
@@ -216,3 +218,51 @@ def test_an_evaluation_that_a_preemption_left_out_is_made_up(experiment, done, t
 def test_nothing_to_resume(experiment, tmp_path):
     with pytest.raises(UserError, match="no run"):
         train(experiment, tmp_path / "nothing", resume=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown(Evaluation):
+    """Gives a picture."""
+
+    name: str = "shown"
+
+    def build(self, setting):
+        return lambda params, state, step: Report({}, images={"shown": np.full((2, 3, 3), step, np.uint8)})
+
+
+class Unreadable:
+    """Training data of which every third example is told to be unreadable."""
+
+    def __init__(self, data):
+        self._data = data
+
+    def __getattr__(self, name):
+        return getattr(self._data, name)
+
+    def train(self, seed):
+        def read(example):
+            if example["tokens"].sum() % 3 == 0:
+                batching.skipped(f"example {example['tokens'].sum()}", "it is damaged", 1.0)
+            return example
+
+        return self._data.train(seed).map(read)
+
+
+@dataclasses.dataclass(frozen=True)
+class Damaged(Text):
+    def prepare(self, cache=None, progress=None):
+        return Unreadable(super().prepare(cache, progress))
+
+
+def test_pictures_and_what_could_not_be_read(experiment, tmp_path, capfd):
+    data = Damaged(**{f.name: getattr(experiment.data, f.name) for f in dataclasses.fields(experiment.data)})
+    told = dataclasses.replace(
+        experiment, data=data, steps=4, evaluations=(Shown(every=2),), log=Logging(every=2, tensorboard=True)
+    )
+    found = train(told, tmp_path / "run")
+    pictures = sorted((found.directory / "samples").iterdir())
+    assert [picture.name for picture in pictures] == ["00000002-shown.png", "00000004-shown.png"]
+    assert (np.asarray(Image.open(pictures[1])) == 4).all()
+    assert any((found.directory / "tensorboard").iterdir())
+    assert found.metrics["data/skipped"] > 3
+    assert ": it is damaged" in capfd.readouterr().err

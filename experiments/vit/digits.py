@@ -1,0 +1,44 @@
+"""A small ViT (Dosovitskiy et al. 2021) that reads digits: MNIST's, or digits that are drawn as they are needed.
+
+    jaxgen train experiments/vit/digits.py                                           # drawn digits
+    jaxgen train experiments/vit/digits.py --data.path train-images-idx3-ubyte.gz    # MNIST, minutes on a laptop
+
+MNIST's labels lie beside its pictures. A tenth is held out for good; `--data.measure validation` leaves it alone and
+measures on a further tenth, for making choices.
+"""
+
+import dataclasses
+
+from jaxgen.data.digits import Digits
+from jaxgen.evaluation.calibration import Accuracy
+from jaxgen.experiment import Experiment, Target
+from jaxgen.models.vit import ViT
+from jaxgen.tasks.classification import Classification
+from jaxgen.training.checkpoint import Checkpointing
+from jaxgen.training.optimizers import AdamW
+from jaxgen.training.schedules import Cosine
+
+experiment = Experiment(
+    name="digits",
+    task=Classification(
+        ViT(patch=4, width=96, depth=4, heads=4, image_size=28, channels=1, pool="mean", out=10),
+        label_smoothing=0.1,
+    ),
+    data=Digits(),
+    optimizer=AdamW(learning_rate=2e-3, weight_decay=0.1, schedule=Cosine(warmup=200, final=0.01)),
+    batch_size=128,
+    steps=4000,
+    evaluations=(Accuracy(every=1000),),
+    checkpoint=Checkpointing(every=1000),
+    topology="v5e:2x2",
+)
+
+smoke = dataclasses.replace(
+    experiment,
+    name="digits-smoke",
+    task=dataclasses.replace(experiment.task, model=experiment.task.model.clone(width=64, depth=2)),
+    optimizer=dataclasses.replace(experiment.optimizer, schedule=Cosine(warmup=20, final=0.01)),
+    steps=200,
+    evaluations=(Accuracy(),),
+    target=Target("eval/accuracy/top1", at_least=0.9),
+)
