@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxgen import sharding
 from jaxgen.nn.dtypes import DType, resolve
 from jaxgen.nn.linear import matmul
 
@@ -35,7 +36,10 @@ class Conv(nn.Module):
         if self.standardize:
             kernel = kernel - kernel.mean((0, 1, 2))
             kernel = kernel * jax.lax.rsqrt(jnp.square(kernel).mean((0, 1, 2)) + 1e-8)
-        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        # Split in memory, whole in use: XLA's partitioning of convolutions with channels split both ways gives wrong
+        # gradients (jax 0.10.2), and channels are too few to be worth it.
+        kernel = sharding.constrain(kernel.astype(dtype), None, None, None, None)
+        x = sharding.constrain(x.astype(dtype), "batch", None, None, None)
         if self.size == 1:  # one flat matrix product
             return matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
         pad = ((self.size - 1) // 2,) * 2
