@@ -72,7 +72,10 @@ def check(spec: Spec, model: nn.Module, mean: tuple[float, ...], std: tuple[floa
         raise UserError(f"The data's pictures have {channels} channels and {where}.channels is {model.channels}.")
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
-            raise UserError(f"task.{name} has {len(values)} numbers; {channels} channels need 1 or {channels}.")
+            right, have = ("1", "1 channel") if channels == 1 else (f"1 or {channels}", f"{channels} channels")
+            raise UserError(
+                f"task.{name} has {len(values)} numbers, which should be {right}: the pictures have {have}."
+            )
     if min(std) <= 0:
         raise UserError(f"task.std is above 0, not {min(std)}.")
 

@@ -304,7 +304,7 @@ def test_batch_statistics_are_the_whole_batchs():
         ({"objective": "sigmiod"}, (), "task.objective is 'softmax' or 'sigmoid', not 'sigmiod'."),
         ({"embed_chunk": 5}, (), "task.embed_chunk = 5 does not divide batch_size = 16."),
         ({"chunk": -1}, (), "task.chunk is 0 or more, not -1."),
-        ({"mean": (0.1, 0.2)}, (), "task.mean has 2 numbers; 3 channels need 1 or 3."),
+        ({"mean": (0.1, 0.2)}, (), "task.mean has 2 numbers, which should be 1 or 3: the pictures have 3 channels."),
         ({"std": (0.0,)}, (), "task.std is above 0, not 0.0."),
         ({"image": TASK.image.clone(channels=1)}, (), "pictures have 3 channels and task.image.channels is 1."),
         ({"image": TASK.image.clone(out=13)}, (), "tower gives 13 numbers and the text's 12"),
