@@ -86,9 +86,10 @@ def test_other_formats_of_numbers(imported, tmp_path):
     )
 
 
-def test_search_in_an_imported_model(imported, tmp_path, capsys):
+def test_search_in_an_imported_model(imported, tmp_path, capsys, monkeypatch):
     from PIL import Image
 
+    monkeypatch.setenv("JAXGEN_CACHE", str(tmp_path / "cache"))
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 255, (30, 40, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
