@@ -4,7 +4,8 @@ Nothing here knows of models or of the mesh; `loader` takes shardings as they co
 """
 
 from jaxgen.data.base import Data, Prepared
+from jaxgen.data.imagetext import ImageText, LabelledImages
 from jaxgen.data.text import Mixture, Text
 from jaxgen.data.tokenizers import Bytes, Characters, SentencePiece
 
-__all__ = ["Bytes", "Characters", "Data", "Mixture", "Prepared", "SentencePiece", "Text"]
+__all__ = ["Bytes", "Characters", "Data", "ImageText", "LabelledImages", "Mixture", "Prepared", "SentencePiece", "Text"]

@@ -66,7 +66,7 @@ def endless(example: Callable[[int], dict[str, np.ndarray]], size: int, seed: in
     import grain
 
     if size < 1 << 16:  # Grain's shuffle takes the longer the smaller the set is, up to half a millisecond an example
-        return grain.MapDataset.range(sys.maxsize).map(_Shuffled(example, size, fold(seed)))
+        return grain.MapDataset.source(_Shuffled(example, size, fold(seed)))
     # Grain's shuffle hands down epoch * size + place; it seeds epoch e with seed + e, so that neighbouring seeds would
     # share epochs but for `fold`.
     return grain.MapDataset.range(size).map_with_index(At(example)).shuffle(fold(seed)).repeat()
@@ -80,7 +80,10 @@ class _Shuffled:
     size: int
     seed: int
 
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         epoch, place = divmod(int(index), self.size)
         return self.example(epoch * self.size + int(_order(self.seed, epoch, self.size)[place]))
 

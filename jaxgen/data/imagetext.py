@@ -388,13 +388,14 @@ class Reader(abc.ABC):
             rng = np.random.default_rng([self.seed, index, attempt])
             if attempt:
                 place = int(rng.integers(len(self)))
+            about = self.about(place, rng)
             try:
                 seen = self.view(self._image(place), self.augment, rng)
             except BadImage as e:
                 told = f"{self._names[place]}: {e}"
                 skipped(self._names[place], str(e), self.max_bad)
             else:
-                return seen | self.about(place, rng)
+                return seen | about
         raise UserError(f"none of {ATTEMPTS} pictures can be read, for example {told}")
 
     def __getitem__(self, index: int) -> Example:

@@ -184,8 +184,8 @@ def test_several_captions_of_a_picture(tmp_path):
         (folder / f"{i}.png").write_bytes(png(i))
         rows.append({"file": f"{i}.png", "captions": [f"{i} one", f"{i} two", " ", f"{i} three"]})
     (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    p = ImageText(str(folder), "file", caption="captions", tokenizer=Bytes(), length=12, size=8, heldout=0.3).prepare(
-        tmp_path / "cache")
+    data = ImageText(str(folder), image="file", caption="captions", tokenizer=Bytes(), length=12, size=8, heldout=0.3)
+    p = data.prepare(tmp_path / "cache")
     n = len(p.names("train"))
     texts = [p.tokenizer.decode(p.train(0)[i]["tokens"]).split() for i in range(12 * n)]
     assert {word for _, word in texts} == {"one", "two", "three"}
