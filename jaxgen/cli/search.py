@@ -269,7 +269,7 @@ def _keep(key: str, known: Mapping[str, "np.ndarray"]) -> None:
     np.savez(content, digests=np.array([k.encode() for k in known]), vectors=np.stack(list(known.values())))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        write_whole(path, content.getvalue())
     except OSError as error:
         print(f"the embeddings are not kept for the next search: {path.parent}: {error.strerror}", file=sys.stderr)
 
@@ -279,7 +279,6 @@ def _keep(key: str, known: Mapping[str, "np.ndarray"]) -> None:
 
 def _draw(ranked: list[tuple[Path, float]], wanted: str | None, default: Path) -> Path | None:
     """Writes the contact sheet. Where nobody asked for one, a folder that cannot be written is no mistake."""
-
     from jaxgen.data import images
     from jaxgen.data.sheets import png, sheet
     from jaxgen.files import write_whole
