@@ -177,12 +177,14 @@ class RandomResizedCrop(Transform):
 
     def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of the part, of a picture of that size."""
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(10):
-            area = height * width * rng.uniform(*self.scale)
-            ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            u = rng.random(4).tolist()
+            area = height * width * (self.scale[0] + u[0] * (self.scale[1] - self.scale[0]))
+            ratio = math.exp(low + u[1] * (high - low))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+                left, top = int(u[2] * (width - w + 1)), int(u[3] * (height - h + 1))
                 return left, top, left + w, top + h
         # A picture so long that hardly any part fits: its middle, as near to the range of ratios as it can be.
         w = min(width, max(1, round(height * self.ratio[1])))
