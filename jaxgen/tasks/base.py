@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -78,6 +78,8 @@ class Task:
 
     collect_every: int = 1
     """Steps that one collected batch feeds."""
+    whole_batch: ClassVar[str] = ""
+    """Why a batch cannot be taken in microbatches, and what to do instead; empty where it can."""
 
     def init(self, key: Array) -> tuple[Params, Any]:
         """(parameters by part, state). Leaves may be boxed by `nn.with_logical_partitioning`, whose names say how they

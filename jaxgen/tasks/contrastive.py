@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,11 @@ class Contrastive(Task):
     mean: tuple[float, ...] = (0.5,)
     """Subtracted from pixels between 0 and 1, which are then divided by `std`: one for each channel, or one for all."""
     std: tuple[float, ...] = (0.5,)
+
+    whole_batch: ClassVar[str] = (
+        "examples of a batch are each other's negatives; task.embed_chunk runs the towers over a part at a time and keeps "
+        "the loss whole"
+    )
 
     @property
     def model(self) -> CLIP:

@@ -37,6 +37,8 @@ class Program:
         size = self.batch_size
         if self.microbatches < 1 or size % self.microbatches:
             raise UserError(f"batch_size = {size} is not a multiple of microbatches = {self.microbatches}.")
+        if self.microbatches > 1 and self.task.whole_batch:
+            raise UserError(f"microbatches = {self.microbatches} cannot be: {self.task.whole_batch}.")
         shards = self.sharding.parts("batch")[0]
         if (size // self.microbatches) % shards:
             whole = "batch_size" if self.microbatches == 1 else "batch_size / microbatches"

@@ -320,6 +320,11 @@ def test_what_does_not_fit(changes, names, message):
     assert message in str(caught.value)
 
 
+def test_microbatches_would_cut_the_negatives():
+    with pytest.raises(UserError, match="microbatches = 4 cannot be: .*task.embed_chunk"):
+        program(TASK, microbatches=4)
+
+
 def test_parts_over_more_devices_than_examples():
     with pytest.raises(UserError) as caught:
         program(dataclasses.replace(TASK, embed_chunk=4), Mesh(data=8), 8).lower()
