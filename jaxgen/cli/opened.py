@@ -121,13 +121,15 @@ def _own_tokenizer(experiment: Any, directory: Path) -> Any:
 
     kept = load(directory / "tokenizer")
 
+    @dataclasses.dataclass(frozen=True)
     class Kept(TokenizerConfig):
+        fingerprint: str   # what caches know it by
         vocab_size = kept.vocab_size
 
         def fit(self, texts: Any = ()) -> Any:
             return kept
 
-    return dataclasses.replace(experiment, data=_swapped(experiment.data, TokenizerConfig, Kept()))
+    return dataclasses.replace(experiment, data=_swapped(experiment.data, TokenizerConfig, Kept(kept.fingerprint)))
 
 
 def _swapped(tree: Any, kind: type, value: Any) -> Any:

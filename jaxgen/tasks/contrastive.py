@@ -47,8 +47,8 @@ class Contrastive(Task):
     std: tuple[float, ...] = (0.5,)
 
     whole_batch: ClassVar[str] = (
-        "examples of a batch are each other's negatives; task.embed_chunk runs the towers over a part at a time and keeps "
-        "the loss whole"
+        "examples of a batch are each other's negatives; task.embed_chunk runs the towers over a part at a time and "
+        "keeps the loss whole"
     )
 
     @property
