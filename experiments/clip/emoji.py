@@ -12,7 +12,7 @@ one emoji, of skin tone or gender, stand on one side. Without a folder the small
 import dataclasses
 
 from jaxgen.data.imagetext import ImageText
-from jaxgen.data.tokenizers import SentencePiece
+from jaxgen.data.tokenizers import SentencePiece, Words
 from jaxgen.data.transforms import Flip, RandomResizedCrop
 from jaxgen.evaluation.heldout import HeldOut
 from jaxgen.evaluation.retrieval import Retrieval
@@ -53,10 +53,10 @@ smoke = dataclasses.replace(
     name="emoji-smoke",
     task=Contrastive(
         image=ViT(patch=8, width=96, depth=3, heads=3, image_size=32, pool="mean", out=96),
-        text=TextTower(vocab_size=512, width=96, depth=2, heads=3, max_length=24, out=96),
+        text=TextTower(vocab_size=128, width=96, depth=2, heads=3, max_length=24, out=96),
     ),
     data=ImageText(
-        size=32, augment=(RandomResizedCrop(32, scale=(0.9, 1.0)),), tokenizer=SentencePiece(vocab_size=512), length=24
+        size=32, augment=(RandomResizedCrop(32, scale=(0.9, 1.0)),), tokenizer=Words(), length=24
     ),
     optimizer=dataclasses.replace(experiment.optimizer, learning_rate=2e-3, schedule=Cosine(warmup=20)),
     steps=200,

@@ -2,11 +2,11 @@
 
     jaxgen train experiments/clip/vit_b16.py --data.path 'DIR/*.tar' --data.tokenizer.path MODEL
 
-DIR holds LAION-400M (Schuhmann et al. 2021, laion.ai) or data of its kind as webdataset shards, as img2dataset writes
-them: a `.jpg` and a `.txt` a pair. MODEL is a SentencePiece model of 32,768 entries (`jaxgen tokenizer train`). OpenCLIP
-(Ilharco et al. 2021, github.com/mlfoundations/open_clip) reports 67.1 % zero-shot on ImageNet after 32 epochs with
-batches of 33,792; with 13 billion pairs of DataComp-1B the same model reaches 73.5 %. Not run in full yet. The small
-form learns drawn scenes.
+DIR holds LAION-400M (Schuhmann et al. 2021, laion.ai) or data of its kind as webdataset shards, in img2dataset's form
+them: a `.jpg` and a `.txt` a pair. MODEL is a SentencePiece model of 32,768 entries (`jaxgen tokenizer train`).
+OpenCLIP (Ilharco et al. 2021, github.com/mlfoundations/open_clip) reports 67.1 % zero-shot on ImageNet after 32
+epochs with batches of 33,792; with 13 billion pairs of DataComp-1B the same model reaches 73.5 %. Not run in full
+yet. The small form learns drawn scenes.
 """
 
 import dataclasses

@@ -143,7 +143,9 @@ def _steps(run: _Run, missed: Sequence[tuple[Evaluation, Measure]], profile: boo
     experiment, directory, program, console = run.experiment, run.directory, run.program, run.console
     step = begin = run.step
     writer = metering.Writer(directory, step, experiment.log.tensorboard) if run.lead else None
-    loader = Loader(run.data.train(experiment.seed), program.batch_shardings, experiment.batch_size, start=step)
+    loader = Loader(
+        run.data.train(experiment.seed), program.batch_shardings, experiment.batch_size, step, workers=run.data.workers
+    )
     meter = _Meter(program, experiment.log.every, loader, writer, console, experiment.max_skipped)
     collect = experiment.task.collect_every
     preempted = False
