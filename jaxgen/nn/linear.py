@@ -65,8 +65,8 @@ def _(primals, tangents):
 
 
 def rows(v: Float[Array, "*n"], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """v broadcast to `shape`. Its gradient, a sum over the leading axes, is a product with ones on CPU: XLA's own sum is
-    several times slower inside of loops."""
+    """v broadcast to `shape`. Its gradient, a sum over the leading axes, is a product with ones on CPU: XLA's own sum
+    is several times slower inside of loops."""
     if platform() != "cpu" or sharding.is_split("length"):
         return jnp.broadcast_to(v, shape)
     return _rows(v, shape)

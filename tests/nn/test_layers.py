@@ -8,7 +8,7 @@ import pytest
 from jaxgen.nn.dropout import dropout
 from jaxgen.nn.dtypes import resolve
 from jaxgen.nn.feedforward import FeedForward
-from jaxgen.nn.linear import Norm
+from jaxgen.nn.linear import Norm, matmul, rows
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -41,3 +41,25 @@ def test_compute_format_is_a_field():
     out, params = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
     assert out.dtype == jnp.bfloat16
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_what_is_fast_on_cpu_is_the_plain_thing():
+    """The narrowing product and the broadcast rows, with first, second and forward derivatives, and by example."""
+    x, w, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, 6), (6, 4), (2, 2)]))
+
+    def fast(x, w, b):
+        y = matmul(x, w).reshape(2, 3, 2, 2)
+        return jnp.sum(jnp.tanh(y + rows(b, y.shape)))
+
+    def plain(x, w, b):
+        return jnp.sum(jnp.tanh((x @ w).reshape(2, 3, 2, 2) + b))
+
+    def all_of(f):
+        tangents = (jnp.cos(x), jnp.sin(w), jnp.cos(b))
+        several = jnp.stack([b, 2 * b])
+        return [
+            jax.grad(f, (0, 1, 2))(x, w, b), jax.jvp(f, (x, w, b), tangents), jax.hessian(f, (1, 2))(x, w, b),
+            jax.vmap(jax.grad(f, (1, 2)), (None, None, 0))(x, w, several),
+        ]  # fmt: skip
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), all_of(fast), all_of(plain))
