@@ -20,7 +20,8 @@ def tally(
     """Sums over the examples, from which `metrics` makes accuracy and calibration.
 
     Where the true class's logit is shared with others, the sums hold the mean over ways to order them, so that a
-    classifier that cannot tell classes apart scores chance.
+    classifier that cannot tell classes apart scores chance. Logits that are not numbers, and a label beyond the
+    classes, are no hit.
     """
     logits = logits.astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits)
@@ -28,7 +29,7 @@ def tally(
     above, tied = jnp.sum(log_p > true, 1), jnp.sum(log_p == true, 1)
 
     def hit(k):
-        return jnp.clip((k - above) / tied, 0, 1)
+        return jnp.where(tied > 0, jnp.clip((k - above) / jnp.maximum(tied, 1), 0, 1), 0)   # NaN is level with none
 
     p, p_true = jnp.exp(log_p), jnp.exp(true[:, 0])
     confidence = jnp.max(p, 1)
@@ -84,6 +85,7 @@ class Accuracy(Evaluation):
         task = setting.task
         whole.demand(self, task, "classifies", "logits")
         data = whole.prepared(self, self.data, setting, "label")
+        task.check_data(data)   # its own is seen by nobody else
         classes = []   # known when traced
 
         def measure(params, state, batch):

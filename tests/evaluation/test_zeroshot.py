@@ -1,5 +1,7 @@
 """Zero-shot classification, accuracy and calibration against NumPy in float64."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -98,6 +100,13 @@ def test_mistakes(evaluation, data, task, said):
         evaluation.build(setting(data, task))
 
 
+def test_embeddings_that_are_not_numbers_are_no_hits():
+    built = ZeroShot(templates=TEMPLATES).build(setting(Pairs(N, labels=LABELS, classes=NAMES)))
+    for images, texts in ((IMAGES * np.nan, TEXTS), (IMAGES, TEXTS * np.nan)):
+        metrics = built(parameters(images, texts), {}, 0).metrics
+        assert metrics["top1"] == metrics["top5"] == 0 and np.isnan(metrics["nll"])
+
+
 # Classification
 
 tally = jax.jit(calibration.tally)
@@ -131,6 +140,28 @@ def test_equal_logits_are_chance():
                      {"top1": 0.1, "top5": 0.5, "nll": np.log(10), "brier": 0.9, "ece": 0.0}.items()}
     wrong = tally(np.float32([[9, 0, 0], [9, 0, 0]]), np.array([0, 1]), np.ones(2, np.float32))
     assert calibration.metrics(wrong, 3)["ece"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_logits_that_are_not_numbers_are_no_hits():
+    """One such example beside one that is right; and a label that no logit is of."""
+    logits = np.float32([[np.nan] * 7, np.eye(7)[3], np.eye(7)[6]])
+    sums = tally(logits, np.array([0, 3, 7]), np.ones(3, np.float32))
+    assert sums["top1"] == sums["top5"] == 1 and np.isnan(sums["nll"])
+    assert sums["bin_right"].sum() == 1
+
+
+def test_more_classes_than_the_task_has():
+    """In the experiment's data the task looks itself, in the evaluation's own nobody else would."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Few(Classifier):
+        def check_data(self, data):
+            if len(getattr(data, "classes", ())) > 3:
+                raise UserError("too many classes")
+
+    own = Ready(Pairs(N, labels=LABELS, classes=NAMES))
+    with pytest.raises(UserError, match="too many classes"):
+        Accuracy(data=own).build(setting(Pairs(N, labels=LABELS % 3), Few()))
 
 
 def test_calibration_of_a_perfectly_calibrated_classifier():
