@@ -32,6 +32,8 @@ class OnFeatures(Evaluation):
 
     data: Data | None = None
     """Labelled pictures; None for the experiment's own. Its augmentation is what training examples are read with."""
+    label: str = ""
+    """A column of the experiment's own pictures with captions, which then are labelled by it."""
     examples: int = 10_000
     """Training examples that are learned from, or all where the data has fewer."""
     batch_size: int = 0
@@ -40,7 +42,7 @@ class OnFeatures(Evaluation):
     def features(self, setting: Setting) -> Callable[[Any, Any], tuple["Labelled", "Labelled", int]]:
         """Compiles (params, state) -> (training and held-out features, number of classes)."""
         whole.demand(self, setting.task, "embeds pictures", "embed_images")
-        data = whole.prepared(self, self.data, setting, "label")
+        data = whole.prepared(self, self.data, setting, "label", label=self.label)
         if self.examples < 2:
             raise UserError(f"the evaluation '{self.name}' learns from {self.examples} examples, which should be more")
 
@@ -233,13 +235,19 @@ class NearestNeighbours(OnFeatures):
         def run(params, state, step):
             train, heldout, classes = features(params, state)
             votes = neighbour_votes(train, heldout.features, classes, sharding, self.k, self.temperature)
-            true = np.take_along_axis(votes, heldout.label[:, None], 1)
-            above, level = (votes > true).sum(1), (votes == true).sum(1)
-            found = {f"top{n}": float(np.mean(np.clip((n - above) / level, 0, 1))) for n in (1, 5) if classes >= n}
+            found = {f"top{n}": _top(votes, heldout.label, n) for n in (1, 5) if classes >= n}
             told = f"{len(train.label)} training examples, {classes} classes; chance {1 / classes:.4f}; k {self.k}\n"
             return Report(found, {self.name: told})
 
         return run
+
+
+def _top(votes: Float[np.ndarray, "Q C"], label: Int[np.ndarray, "Q"], n: int) -> float:
+    """The share of queries whose class is among the n with the most votes, ties by chance; none where one is NaN."""
+    true = np.take_along_axis(votes, label[:, None], 1)
+    above, level = (votes > true).sum(1), (votes == true).sum(1)
+    hits = np.clip((n - above) / np.maximum(level, 1), 0, 1)
+    return float(np.mean(np.where(np.isnan(votes).any(1), 0, hits)))
 
 
 def neighbour_votes(

@@ -14,6 +14,9 @@ from jaxgen.evaluation.base import Evaluation, Setting
 from jaxgen.sharding import Sharding
 from jaxgen.tasks.base import Task, batch_shardings
 
+NEAR = 1e-6
+"""Similarities of unit vectors nearer than this are equal: float32 cannot tell which is higher."""
+
 Function = Callable[..., dict[str, Array]]
 """(params, state, batch, *more) -> arrays whose first axis is the batch's, or sums over the batch."""
 
@@ -31,15 +34,24 @@ def held_out(evaluation: Evaluation, data: Prepared) -> Any:
     return dataset
 
 
-def prepared(evaluation: Evaluation, data: Data | None, setting: Setting, *wanted: str) -> Prepared:
-    """The evaluation's own data, prepared, or else the experiment's. UserError where its held-out examples lack one of
-    the `wanted` arrays."""
+def prepared(
+    evaluation: Evaluation, data: Data | None, setting: Setting, *wanted: str, label: str = ""
+) -> Prepared:
+    """The evaluation's own data, prepared, or else the experiment's, with labels from its column `label` where one is
+    named. UserError where its held-out examples lack one of the `wanted` arrays."""
+    if label and data is not None:
+        raise UserError(f"the evaluation '{evaluation.name}' has data of its own, so the column '{label}' that its "
+                        "field label takes from the experiment's data is of no use")
     found = setting.data if data is None else data.prepare()
+    if label:
+        found = labelled(evaluation, found, label)
     example = held_out(evaluation, found)[0]
     missing = [name for name in wanted if name not in example]
     if missing:
         where = "the experiment's data" if data is None else "its data"
         hint = "; give it labelled pictures in its field data" if missing == ["label"] and data is None else ""
+        if hint and hasattr(evaluation, "label"):
+            hint += ", or the name of a column of the experiment's in its field label"
         raise UserError(
             f"the evaluation '{evaluation.name}' needs {' and '.join(missing)}, and {where} has "
             f"{', '.join(k for k in example if k != 'weights')}{hint}"
@@ -52,6 +64,17 @@ def demand(evaluation: Evaluation, task: Task, does: str, *methods: str) -> None
     if not all(hasattr(task, method) for method in methods):
         raise UserError(f"the evaluation '{evaluation.name}' needs a task that {does}, and {type(task).__name__} does "
                         f"not (it has no {' or '.join(m for m in methods if not hasattr(task, m))})")
+
+
+def labelled(evaluation: Evaluation, data: Prepared, column: str) -> Prepared:
+    """Pictures with captions as pictures with labels, from another column; UserError where there are none."""
+    from jaxgen.data.imagetext import PreparedImageText
+    from jaxgen.evaluation.labels import Labels
+
+    if not isinstance(data, PreparedImageText):
+        raise UserError(f"the evaluation '{evaluation.name}' takes labels from the column '{column}' of the "
+                        "experiment's data, which is no ImageText and has no columns")
+    return Labels(data, column)
 
 
 def batches(dataset: Any, setting: Setting, size: int, function: Function) -> Callable[..., list[dict[str, Any]]]:

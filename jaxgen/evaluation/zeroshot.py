@@ -25,6 +25,8 @@ class ZeroShot(Evaluation):
     name: str = "zeroshot"
     data: Data | None = None
     """Labelled pictures whose held-out part is measured; None for the experiment's own, where they have labels."""
+    label: str = ""
+    """A column of the experiment's own pictures with captions, which then are labelled by it."""
     classes: tuple[str, ...] = ()
     """What the classes are called, by label; none for the names that the data gives."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
@@ -41,7 +43,7 @@ class ZeroShot(Evaluation):
         if wrong or not self.templates:
             raise UserError(f"the evaluation '{self.name}' needs prompts with {{}} for the class; its templates are "
                             f"{self.templates!r}")
-        data = whole.prepared(self, self.data, setting, "label")
+        data = whole.prepared(self, self.data, setting, "label", label=self.label)
         classes = self.classes or tuple(getattr(data, "classes", ()))
         if not classes:
             raise UserError(f"the evaluation '{self.name}' needs names for the classes; give them in its field classes")

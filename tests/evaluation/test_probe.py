@@ -141,6 +141,17 @@ def test_neighbours():
     assert built(PARAMS, {}, 0).metrics == {"top1": pytest.approx(largest.mean())}
 
 
+@pytest.mark.parametrize("broken", [slice(None), slice(TRAIN), slice(TRAIN, None)], ids=["all", "train", "heldout"])
+@pytest.mark.parametrize(
+    "evaluation", [LinearProbe(examples=TRAIN, l2=(1.0, 0.1)), NearestNeighbours(examples=TRAIN, k=1)]
+)
+def test_features_that_are_not_numbers_are_no_hits(evaluation, broken):
+    features = FEATURES.copy()
+    features[broken] = np.nan
+    metrics = evaluation.build(setting(DATA))(parameters(features, features), {}, 0).metrics
+    assert metrics == {"top1": 0}
+
+
 @pytest.mark.parametrize(
     ("evaluation", "data", "task", "said"),
     [

@@ -1,0 +1,58 @@
+"""Labels of pictures that have captions, from another column of the same source."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxgen.data.imagetext import PARTS, PreparedImageText, PreparedLabelledImages, Reader
+from jaxgen.errors import UserError
+
+
+class Labels(PreparedLabelledImages):
+    """The pictures of `ImageText`, on the same sides and seen the same way, with labels in place of captions.
+
+    Labels are numbered as `LabelledImages` does; a class may be in one part alone.
+    """
+
+    def __init__(self, data: PreparedImageText, column: str):
+        self.view, self.workers = data.view, data.workers
+        readers = {part: data._readers(part, 0) for part in PARTS}
+        found = {part: _values(reader, column) for part, reader in readers.items()}
+        self.classes, number = _numbered(found, readers["train"].index.train.classes(column))
+        labels = {part: np.array([number[v] for v in values], np.int32) for part, values in found.items()}
+
+        def reader(part: str, seed: int) -> _Labelled:
+            theirs = data._readers(part, seed)
+            return _Labelled(*(getattr(theirs, f.name) for f in dataclasses.fields(Reader)), labels=labels[part])
+
+        self._readers = reader
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Labelled(Reader):
+    labels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def about(self, place, rng):
+        return {"label": self.labels[place]}
+
+
+def _values(reader: Reader, column: str) -> list[str]:
+    """The column of each picture of a part."""
+    source, found = getattr(reader.index, reader.part), []
+    for i in reader.index.load(reader.part, "rows"):
+        row = source.row(int(i))
+        value = row.columns.get(column)
+        if not isinstance(value, int | str) or value == "":
+            raise UserError(f"the picture {row.name} has no label in the column '{column}'; its columns are "
+                            f"{', '.join(row.columns)}")
+        found.append(str(value))
+    return found
+
+
+def _numbered(found: dict[str, list[str]], known: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names of the classes, and the number of each value: numbers stand for themselves. `known` are names of those."""
+    values = sorted({value for part in found.values() for value in part})
+    if not all(value.isdecimal() for value in values):
+        return tuple(values), {value: k for k, value in enumerate(values)}
+    top = max(map(int, values))
+    return known if len(known) > top else tuple(map(str, range(top + 1))), {value: int(value) for value in values}
