@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.data.loader import heldout_batches
-from jaxgen.errors import UserError
+from jaxgen.evaluation import whole
 from jaxgen.evaluation.base import Evaluation, Report, Setting, constant_key
 from jaxgen.tasks.base import Context, batch_shardings
 
@@ -15,6 +15,9 @@ from jaxgen.tasks.base import Context, batch_shardings
 @dataclasses.dataclass(frozen=True)
 class HeldOut(Evaluation):
     """Mean loss over the whole held-out set: sum / weight, exact for any batch size, mesh and number of processes.
+
+    A contrastive task's loss is not: there the other examples of a batch are the negatives, so that it depends on the
+    batch size; `Retrieval` does not.
 
     For text also the perplexity and the bits per byte: all the held-out text's nats / ln 2 / its bytes in UTF-8, which
     compares models whatever their tokenizers.
@@ -26,10 +29,8 @@ class HeldOut(Evaluation):
 
     def build(self, setting: Setting):
         task, data, sharding = setting.task, setting.data, setting.sharding
-        size = self.batch_size or next(iter(setting.spec.values())).shape[0]
-        dataset = data.heldout()
-        if not len(dataset):
-            raise UserError(f"the evaluation '{self.name}' has nothing to measure: the data holds nothing out")
+        size = self.batch_size or whole.default_batch(setting)
+        dataset = whole.held_out(self, data)
         example = dataset[0]
         spec = {k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype) for k, v in example.items()}
         layout = batch_shardings(task, sharding, spec)

@@ -17,12 +17,11 @@ from jaxgen.sharding import Sharding
 
 CHUNK = 4096
 """Queries, and candidates, whose similarities are held at a time."""
-NEAR = 1e-6
-"""Similarities of unit vectors nearer than this are equal: float32 cannot tell which is higher."""
 KS = (1, 5, 10)
 
 Ranks = tuple[Int[np.ndarray, "Q"], Int[np.ndarray, "Q"], Int[np.ndarray, "Q"]]
-"""Of each query: wrong candidates above the best right one, and wrong and right candidates level with it."""
+"""Of each query: wrong candidates above the best right one, and wrong and right candidates level with it. All are
+0 where a right one's similarity is not a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Retrieval(Evaluation):
     name: str = "retrieval"
     among: int = 0
     """Pairs of a gallery: the held-out pairs are cut, in order, into galleries of this size (what is left over is left
-    out) and the mean over them is taken; 0 for one gallery of all."""
+    out) and the mean over them is taken; 0 for one gallery of all. Where fewer can be read, it is of those."""
     shown: int = 6
     """Queries of each direction in the report's picture; 0 for no picture."""
     batch_size: int = 0
@@ -49,7 +48,10 @@ class Retrieval(Evaluation):
         whole.demand(self, task, "embeds pictures and texts", "embed_images", "embed_texts")
         data = whole.prepared(self, None, setting, "tokens", "lengths")
         dataset = whole.held_out(self, data)
-        self._gallery(len(dataset))
+        if self.among > len(dataset):
+            raise UserError(
+                f"the evaluation '{self.name}' looks among {self.among} pairs, and the data holds out {len(dataset)}"
+            )
 
         def embed(params, state, batch):
             images, texts = task.embed_images(params, batch, state), task.embed_texts(params, batch)
@@ -61,10 +63,13 @@ class Retrieval(Evaluation):
 
         def run(params, state, step):
             found = embedded(params, state)
+            pairs = len(found["index"])   # what cannot be read is none of them
+            if not pairs:
+                raise UserError(f"the evaluation '{self.name}': none of the {len(dataset)} held-out pairs can be read")
+            gallery = min(self.among or pairs, pairs)
             captions = equal_captions(found["tokens"], found["lengths"])
-            gallery = self._gallery(len(captions))
             sums: dict[str, np.ndarray] = {}
-            starts = range(0, len(captions) - gallery + 1, gallery)
+            starts = range(0, pairs - gallery + 1, gallery)
             for start in starts:
                 part = slice(start, start + gallery)
                 images, texts, ids = found["images"][part], found["texts"][part], captions[part]
@@ -83,16 +88,12 @@ class Retrieval(Evaluation):
             pictures = {}
             if self.shown:
                 pictures[self.name] = hits_sheet(dataset, data.tokenizer, found, captions, gallery, self.shown)
-            return Report(metrics, {self.name: _table(means, gallery, len(starts))}, pictures)
+            head = f"among {gallery}" + (f", mean of {len(starts)} galleries" if len(starts) > 1 else "")
+            if gallery < self.among:
+                head += f", not {self.among}: the other pictures cannot be read"
+            return Report(metrics, {self.name: f"{head}\n{_table(means)}"}, pictures)
 
         return run
-
-    def _gallery(self, pairs: int) -> int:
-        if self.among > pairs or not pairs:
-            raise UserError(
-                f"the evaluation '{self.name}' looks among {self.among or 'all'} pairs, and the data holds out {pairs}"
-            )
-        return self.among or pairs
 
 
 def recall(ranks: Ranks, k: int) -> float:
@@ -103,7 +104,7 @@ def recall(ranks: Ranks, k: int) -> float:
         placed = above + i < k
         chance = np.maximum(wrong - i, 0) / np.maximum(wrong + right - i, 1)
         miss = np.where(placed, miss * chance, miss)
-    return float(np.mean(1 - miss))
+    return float(np.mean(np.where(wrong + right > 0, 1 - miss, 0)))
 
 
 def ranker(sharding: Sharding, chunk: int = CHUNK) -> Callable[..., Ranks]:
@@ -124,9 +125,9 @@ def ranker(sharding: Sharding, chunk: int = CHUNK) -> Callable[..., Ranks]:
     @jax.jit
     def count_of(counts, best, queries, candidates, group, groups):
         ahead = similarities(queries, candidates) - best[:, None]
-        right, level = group[:, None] == groups, jnp.abs(ahead) <= NEAR
+        right, level = group[:, None] == groups, jnp.abs(ahead) <= whole.NEAR
         wrong = ~right & (groups >= 0)
-        return counts + jnp.stack([jnp.sum(x, 1) for x in (wrong & (ahead > NEAR), wrong & level, right & level)])
+        return counts + jnp.stack([jnp.sum(x, 1) for x in (wrong & (ahead > whole.NEAR), wrong & level, right & level)])
 
     @jax.jit
     def gathered(x):
@@ -165,9 +166,8 @@ def equal_captions(tokens: Int[np.ndarray, "N L"], lengths: Int[np.ndarray, "N"]
     return np.unique(captions, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int32)
 
 
-def _table(means: dict[str, np.ndarray], gallery: int, galleries: int) -> str:
-    lines = [f"among {gallery}" + (f", mean of {galleries} galleries" if galleries > 1 else "")]
-    lines.append(f"{'':<14}" + "".join(f"{f'recall@{k}':>11}" for k in KS))
+def _table(means: dict[str, np.ndarray]) -> str:
+    lines = [f"{'':<14}" + "".join(f"{f'recall@{k}':>11}" for k in KS)]
     for direction, recalls in means.items():
         lines.append(f"{direction.replace('_', ' '):<14}" + "".join(f"{value:>11.4f}" for value in recalls))
     return "\n".join(lines) + "\n"

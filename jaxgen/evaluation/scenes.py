@@ -303,7 +303,7 @@ class SceneFacts(Evaluation):
                 total: Score = {}
                 for picture, test in zip(embedded, tests[split], strict=True):
                     for kind, true, others in test:
-                        won = picture @ described[true] > (described[others] @ picture).max() + NEAR
+                        won = picture @ described[true] > (described[others] @ picture).max() + whole.NEAR
                         right, count = total.get(kind, (0, 0))
                         total[kind] = right + int(won), count + 1
                 shares[split] = {kind: right / count for kind, (right, count) in total.items()}
@@ -319,8 +319,6 @@ class SceneFacts(Evaluation):
 
 
 HELD_OUT = ("recombined", "unseen")
-NEAR = 1e-6
-"""Similarities nearer than this are equal: float32 cannot tell which is higher."""
 
 
 def _test(facts: Facts, number: Callable[[Facts], int]) -> list[tuple[str, int, list[int]]]:

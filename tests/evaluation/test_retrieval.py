@@ -96,6 +96,35 @@ def test_a_model_that_tells_nothing_apart_scores_chance():
     assert lines[2].split()[-3:] == lines[4].split()[-3:] == ["0.0345", "0.1724", "0.3448"]
 
 
+@pytest.mark.parametrize("broken", [(0, 1), (1, 0), (1, 1)], ids=["images", "texts", "both"])
+def test_embeddings_that_are_not_numbers_are_no_hits(broken):
+    parts = [np.where(b, np.nan, x) for b, x in zip(broken, (IMAGES, TEXTS), strict=True)]
+    metrics = Retrieval(shown=0).build(setting(Pairs(N, CAPTIONS)))(parameters(*parts), {}, 0).metrics
+    assert set(metrics.values()) == {0}
+
+
+def test_one_embedding_that_is_not_a_number():
+    """Its own query is missed; those of others are answered among the rest."""
+    images = table(1, 12)
+    texts = np.concatenate([images, images[:1]])
+    images[3] = np.nan
+    metrics = Retrieval(shown=0).build(setting(Pairs(12, range(12))))(parameters(images, texts), {}, 0).metrics
+    np.testing.assert_allclose(list(metrics.values()), 11 / 12)
+
+
+def test_pictures_that_cannot_be_read():
+    """Fewer pairs than were asked for are one gallery, and the report says so."""
+    data = Pairs(N, CAPTIONS, unread=(4, 17))
+    built = Retrieval(among=N, shown=2).build(setting(data))
+    report, plain = built(PARAMS, {}, 0), Retrieval(shown=0).build(setting(data))(PARAMS, {}, 0)
+    assert report.metrics == plain.metrics and "retrieval" in report.images
+    said = f"among {N - 2}, not {N}: the other pictures cannot be read"
+    assert report.texts["retrieval"].splitlines()[0] == said
+    assert plain.texts["retrieval"].splitlines()[0] == f"among {N - 2}"
+    with pytest.raises(UserError, match=f"none of the {N} held-out pairs can be read"):
+        Retrieval().build(setting(Pairs(N, CAPTIONS, unread=range(N))))(PARAMS, {}, 0)
+
+
 def test_what_is_after_the_end_of_a_caption_is_no_part_of_it():
     tokens = np.array([[3, 4, 0, 9], [3, 4, 0, 8], [3, 4, 7, 0], [3, 4, 0, 0]], np.int32)
     found = equal_captions(tokens, np.array([3, 3, 4, 4], np.int32))

@@ -77,11 +77,12 @@ class Words:
 
 
 class Pairs(Prepared):
-    """Picture n with the caption captions[n], or the label labels[n]."""
+    """Picture n with the caption captions[n], or the label labels[n]; the held-out pictures `unread` cannot be read."""
 
     tokenizer = Words()
 
-    def __init__(self, count, captions=None, labels=None, classes=(), train=0):
+    def __init__(self, count, captions=None, labels=None, classes=(), train=0, unread=()):
+        self.unread = unread
         self.count, self.captions, self.labels, self.first = count, captions, labels, train
         if classes:
             self.classes = classes
@@ -105,7 +106,7 @@ class Pairs(Prepared):
 
     def heldout(self):
         def one(n):
-            return {**self.example(n), "weights": np.float32(1)}
+            return {**self.example(n), "weights": np.float32(n not in self.unread)}
 
         return grain.MapDataset.range(self.first, self.count).map(one)
 
