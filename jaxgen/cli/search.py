@@ -60,7 +60,8 @@ def run(argv: Sequence[str]) -> int:
     if not found:
         raise UserError(f"none of the {len(paths)} pictures in {arguments.images} can be read: {_named(skipped)}")
     ranked = rank(found, _text(opened, encode, query))[: arguments.top]
-    sheet = _draw(ranked, arguments.sheet, opened.directory / "search" / f"{_slug(query)}.png")
+    place = opened.directory / "search" / f"{_slug(query)}.png"
+    sheet = _draw(ranked, arguments.sheet, place, getattr(opened.experiment.data, "view", None))
     told = {"run": str(opened.directory), "step": opened.step, "weights": arguments.weights, "query": query}
     if arguments.json:
         results = [{"file": str(path), "similarity": round(value, 6)} for path, value in ranked]
@@ -237,7 +238,7 @@ def _cache_key(opened: Any, weights: str) -> str:
     checkpoints = Checkpoints(opened.directory / "checkpoints", experiment.checkpoint, read_only=True)
     frozen = checkpoints.directory / "frozen"
     once = manifest.read(frozen).checksum if frozen.exists() else ""
-    view = repr(getattr(experiment.data, "view", "")) or repr(experiment.data)
+    view = repr(getattr(experiment.data, "view", experiment.data))
     return cache.key(checkpoints.checksum(opened.step), once, weights, record.to_record(experiment.task), view)
 
 
@@ -277,14 +278,25 @@ def _keep(key: str, known: Mapping[str, "np.ndarray"]) -> None:
 # What is shown
 
 
-def _draw(ranked: list[tuple[Path, float]], wanted: str | None, default: Path) -> Path | None:
-    """Writes the contact sheet. Where nobody asked for one, a folder that cannot be written is no mistake."""
+def _draw(ranked: list[tuple[Path, float]], wanted: str | None, default: Path, view: Any = None) -> Path | None:
+    """Writes the contact sheet. Where nobody asked for one, a folder that cannot be written is no mistake.
+
+    Pictures are decoded as the data's `view` does; one that has gone since it was embedded leaves a blank cell.
+    """
     from jaxgen.data import images
     from jaxgen.data.sheets import png, sheet
     from jaxgen.files import write_whole
 
     path = Path(wanted) if wanted else default
-    pictures = [images.decode(file.read_bytes(), size=SIDE) for file, _ in ranked]
+    how = {} if view is None else {"background": view.background, "max_pixels": view.max_pixels}
+
+    def picture(file: Path) -> "np.ndarray | None":
+        try:
+            return images.decode(file.read_bytes(), size=SIDE, **how)
+        except (images.BadImage, OSError):
+            return None
+
+    pictures = [picture(file) for file, _ in ranked]
     labels = [f"{value:.3f} {file.name}" for file, value in ranked]
     content = png(sheet(pictures, min(4, len(ranked)), labels, size=SIDE))
     try:

@@ -1,9 +1,11 @@
 """`jaxgen search`, and `jaxgen eval`, with a small run that has learned four colours."""
 
+import dataclasses
 import json
 import os
 import shutil
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 
 from jaxgen.cli import search
 from jaxgen.cli.main import main
+from jaxgen.data.imagetext import View
+from jaxgen.data.scenes import Scenes
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 40), "blue": (20, 40, 230), "yellow": (230, 220, 30)}
 
@@ -133,6 +137,35 @@ def test_pictures_that_cannot_be_read(run, capsys):
     assert "none of the 3 pictures in photos can be read: photos/cut.jpg" in capsys.readouterr().err
 
 
+def test_a_picture_that_has_gone_leaves_a_blank_cell(run, capsys, monkeypatch):
+    """Between its embedding and the contact sheet; another has been written over."""
+    drawn = search._draw
+
+    def later(ranked, *rest):
+        ranked[0][0].unlink()
+        ranked[1][0].write_text("no picture")
+        return drawn(ranked, *rest)
+
+    monkeypatch.setattr(search, "_draw", later)
+    found = told(capsys, "--query", "red", "--top", "3")
+    sheet = np.asarray(Image.open(found["sheet"]))
+    middles = sheet[search.SIDE // 2, [search.SIDE // 2, search.SIDE * 3 // 2, search.SIDE * 5 // 2]].astype(int)
+    assert (middles[:2] > 200).all() and (middles[2] < 200).any() and len(found["results"]) == 3
+
+
+def test_the_sheet_shows_pictures_as_the_model_sees_them(run):
+    """Of the data's own background, and of as many pixels as it allows."""
+    Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save("clear.png")
+    Image.new("RGB", (50, 50), (200, 0, 0)).save("large.png")
+    ranked = [(Path("clear.png"), 0.5), (Path("large.png"), 0.4)]
+    for view, middle, second in ((View(16, background=(0, 0, 255), max_pixels=2000), (0, 0, 255), (255, 255, 255)),
+                                 (None, (255, 255, 255), (200, 0, 0))):
+        place = search._draw(ranked, "both.png", Path("no.png"), view)
+        sheet = np.asarray(Image.open(place))
+        assert tuple(sheet[search.SIDE // 2, search.SIDE // 2]) == middle
+        assert tuple(sheet[30, search.SIDE * 3 // 2]) == second
+
+
 def test_embeddings_are_kept_by_content(run, capsys, monkeypatch):
     read, reading = [], search.reading
 
@@ -168,6 +201,12 @@ def test_another_checkpoint_has_embeddings_of_its_own(run, capsys, monkeypatch):
         arguments = parser().parse(["colours", *options])
         return _cache_key(open_run(arguments, "search"), arguments.weights)
 
+    def of_data(data):
+        opened = open_run(parser().parse(["colours"]), "search")
+        experiment = dataclasses.replace(opened.experiment, data=data)
+        return _cache_key(dataclasses.replace(opened, experiment=experiment), "ema")
+
+    assert len({of_data(Scenes(size=32)), of_data(Scenes(size=64)), key()}) == 3   # data that has no `view`
     assert key() == key("--step", "40") == key("--step", "latest")
     assert len({key(), key("--weights", "raw")}) == 2
 
