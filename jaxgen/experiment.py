@@ -94,6 +94,10 @@ class Experiment:
                 raise UserError(f"{field} is {getattr(self, field)}, which should be at least 1")
         if self.batch_size % self.microbatches:
             raise UserError(f"batch_size {self.batch_size} does not split into {self.microbatches} microbatches")
+        names = [e.name for e in self.evaluations if isinstance(e, Evaluation)]
+        if same := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise UserError(f"two evaluations have the name '{same[0]}', so one's results would overwrite the other's: "
+                            "give one another name")
 
 
 def load(path: str | Path) -> ModuleType:

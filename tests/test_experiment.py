@@ -257,6 +257,12 @@ def test_annotations_that_say_nothing_refuse_nothing(tmp_path):
     record.check(mine)
 
 
+def test_evaluations_of_one_name_are_refused():
+    with pytest.raises(UserError, match="two evaluations have the name 'heldout', so one's results would overwrite"):
+        experiment(evaluations=(HeldOut(), HeldOut(every=5)))
+    assert len(experiment(evaluations=(HeldOut(), HeldOut(name="again"))).evaluations) == 2
+
+
 def test_what_could_not_be_rebuilt_is_found_before():
     record.check(experiment(data=Text(), evaluations=[HeldOut(every=np.int64(3))], steps=20.0))
     with pytest.raises(UserError, match=r"^experiment\.evaluations\.0\.every is 1\.5, which should be a whole number$"):
