@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from jaxgen import record, runtime
 from jaxgen.cli.show import chips
+from jaxgen.evaluation.base import Setting
+from jaxgen.evaluation.heldout import HeldOut
 from jaxgen.experiment import load, train
-from jaxgen.sharding import Mesh
+from jaxgen.sharding import RULES, Mesh, Sharding, unbox
 from jaxgen.training import metrics
 from jaxgen.training.loop import program_of
 
@@ -37,6 +41,45 @@ def test_is_described_and_recorded(file):
         assert record.from_record(record.to_record(form)) == form
     assert type(module.smoke.task) is type(module.experiment.task)
     assert type(module.smoke.data) is type(module.experiment.data)
+
+
+def test_a_loss_of_the_whole_batch_is_no_measurement(file):
+    """It depends on the batch size, which is rounded for the devices at hand."""
+    module = load(file)
+    for form in (module.experiment, module.smoke):
+        assert not (form.task.whole_batch and any(isinstance(e, HeldOut) for e in form.evaluations))
+
+
+@pytest.mark.parametrize("name", ["vit/vit_s16_imagenet", "resnet/resnet50_imagenet"])
+def test_imagenet_is_measured_as_in_the_papers(name):
+    """The central 224 pixels of a picture whose shorter side is 256."""
+    data = load(ROOT / "experiments" / f"{name}.py").experiment.data
+    columns = np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (300, 1, 3))
+    row = data.view(columns)["image"][0, :, 0]
+    np.testing.assert_array_equal(row, np.arange(16, 240))
+
+
+def test_emoji_is_measured_by_all_that_pictures_and_texts_allow(tmp_path, monkeypatch):
+    """Each evaluation of both forms on a small set with the columns of the real one."""
+    lines = ["file\tcaption\tconcept\tgroup"]
+    for i in range(60):
+        Image.new("RGB", (72, 72), (4 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png\tthing {i} of many\tconcept {i // 2}\t{['Food & Drink', 'Flags'][i // 2 % 2]}")
+    (tmp_path / "captions.tsv").write_text("\n".join(lines))
+    monkeypatch.setenv("JAXGEN_CACHE", str(tmp_path / "cache"))
+    module = load(ROOT / "experiments/clip/emoji.py")
+    real = dataclasses.replace(module.smoke.data, path="captions.tsv", root=str(tmp_path), image="file", heldout=0.3)
+    for form, data in ((module.experiment, real), (module.smoke, module.smoke.data)):
+        task = module.smoke.task
+        params, state = task.init(jax.random.key(0))
+        spec = data.spec(8)
+        setting = Setting(task, data.prepare(), Sharding(Mesh().build(jax.devices()[:1]), RULES), spec)
+        found = {e.name: e.build(setting) for e in form.evaluations}
+        assert {"retrieval", "zeroshot", "probe", "neighbours"} <= set(found)
+        if data is real:
+            reports = {name: measure(unbox(params), state, 0) for name, measure in found.items()}
+            assert all(0 <= reports[name].metrics["top1"] <= 1 for name in ("zeroshot", "probe", "neighbours"))
+            assert "2 classes" in reports["zeroshot"].texts["zeroshot"]
 
 
 def test_traces_on_its_topology(file):

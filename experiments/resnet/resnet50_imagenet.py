@@ -11,7 +11,7 @@ in full yet. The small form tells drawn shapes and colours apart.
 import dataclasses
 
 from jaxgen.data.imagetext import LabelledImages
-from jaxgen.data.transforms import Flip, RandomResizedCrop
+from jaxgen.data.transforms import CenterCrop, Flip, RandomResizedCrop, Resize
 from jaxgen.evaluation.calibration import Accuracy
 from jaxgen.experiment import Experiment, Target
 from jaxgen.models.resnet import ResNet
@@ -28,6 +28,7 @@ experiment = Experiment(
         heldout_path="tfds:imagenet2012#validation",
         size=224,
         augment=(RandomResizedCrop(224), Flip()),
+        fit=(Resize(256), CenterCrop(224)),
     ),
     # their 1e-4 goes through the momentum, which makes it ten times as much
     optimizer=SGD(learning_rate=0.4, nesterov=True, weight_decay=1e-3, schedule=Cosine(warmup=6256, final=0.0)),

@@ -11,7 +11,7 @@ shapes and colours apart.
 import dataclasses
 
 from jaxgen.data.imagetext import LabelledImages
-from jaxgen.data.transforms import Flip, RandAugment, RandomResizedCrop
+from jaxgen.data.transforms import CenterCrop, Flip, RandAugment, RandomResizedCrop, Resize
 from jaxgen.evaluation.calibration import Accuracy
 from jaxgen.experiment import Experiment, Target
 from jaxgen.models.vit import ViT
@@ -29,6 +29,7 @@ experiment = Experiment(
         heldout_path="tfds:imagenet2012#validation",
         size=224,
         augment=(RandomResizedCrop(224, scale=(0.05, 1.0)), Flip(), RandAugment(2, 10)),
+        fit=(Resize(256), CenterCrop(224)),
     ),
     # the paper decays by 1e-4 of the schedule alone, which is 0.1 of the learning rate
     optimizer=AdamW(learning_rate=1e-3, b2=0.999, weight_decay=0.1, schedule=Cosine(warmup=10_000, final=0.0)),

@@ -108,7 +108,8 @@ def _program(experiment: Any) -> tuple[Any, Any]:
         experiment = dataclasses.replace(experiment, mesh=Mesh())
     sizes = experiment.mesh.sizes(jax.device_count())
     shards = math.prod(sizes.get(axis, 1) for axis in experiment.rules.get("batch", ()))
-    size = -(-experiment.batch_size // shards) * shards   # what is measured does not depend on it
+    # on the size depends nothing that is measured but a contrastive loss, whose negatives are the batch's
+    size = -(-experiment.batch_size // shards) * shards
     experiment = dataclasses.replace(experiment, batch_size=size, microbatches=1)
     return experiment, program_of(experiment)
 
