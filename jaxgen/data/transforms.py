@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
-from jaxgen.data.images import Picture
+from jaxgen.data.images import MAX_PIXELS, BadImage, Picture
 from jaxgen.errors import UserError
 
 Filter = Literal["bilinear", "bicubic", "lanczos", "nearest"]
@@ -35,7 +35,11 @@ class Transform(abc.ABC):
 
     @abc.abstractmethod
     def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """The same of Pillow's images, of mode "RGB" or "L"; does not write into `image`."""
+        """The same of Pillow's images, of mode "RGB" or "L"; does not write into `image`.
+
+        Raises:
+          BadImage: the result would be too large, of a picture that is far longer than wide or wider than long.
+        """
 
     def least(self) -> int:
         """The shortest side that its input needs for nothing to be lost; 0: all there is."""
@@ -88,6 +92,7 @@ class Resize(Transform):
     def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         scale = self.size / (min if self.mode == "shortest" else max)(image.size)
         size = (self.size, self.size) if self.mode == "exact" else tuple(max(1, round(n * scale)) for n in image.size)
+        _check_size(image, *size)
         return image if image.size == size else image.resize(size, FILTERS[self.filter])
 
     def least(self) -> int:
@@ -122,9 +127,16 @@ class Pad(Transform):
         return _framed(image, side, side, self.color)
 
 
+def _check_size(image: Image.Image, width: int, height: int) -> None:
+    """Raises BadImage where a picture would grow beyond `MAX_PIXELS`."""
+    if width * height > max(MAX_PIXELS, image.width * image.height):
+        raise BadImage(f"its {image.width} x {image.height} pixels would become {width} x {height}")
+
+
 def _framed(image: Image.Image, width: int, height: int, color: tuple[int, ...]) -> Image.Image:
     if image.size == (width, height):
         return image
+    _check_size(image, width, height)
     frame = Image.new(image.mode, (width, height), _fill(image, color))
     frame.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return frame

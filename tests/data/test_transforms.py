@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from jaxgen.data import transforms
+from jaxgen.data.images import BadImage
 from jaxgen.data.transforms import (
     CenterCrop,
     ColorJitter,
@@ -64,6 +65,15 @@ def test_each_transform_has_randomness_of_its_own():
         apply((Draw(first), Draw(1), Draw(1)), pillow(PICTURE), rng(7))
     one, other = drawn[1:3], drawn[4:6]
     assert one == other == drawn[7:9] and one[0] != one[1] != drawn[0]
+
+
+@pytest.mark.parametrize("transform", [Resize(224), CenterCrop(224), RandomCrop(224, padding=0), Pad()],
+                         ids=lambda t: type(t).__name__)
+def test_no_picture_grows_without_bounds(transform):
+    for side in ((1, 10_000), (10_000, 1)):
+        with pytest.raises(BadImage, match="pixels would become"):
+            transform(np.zeros((*side, 3), np.uint8), rng())
+    assert Resize(224, "fit")(np.zeros((1, 10_000, 3), np.uint8), rng()).shape == (1, 224, 3)
 
 
 def test_sizes():
