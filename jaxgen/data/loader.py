@@ -11,7 +11,7 @@ import atexit
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -160,13 +160,20 @@ class Loader:
         return jax.make_array_from_callback(shape, self._shardings[name], part)
 
 
-def heldout_batches(dataset: grain.MapDataset, shardings: Shardings | jax.sharding.Sharding,
-                    batch_size: int) -> Iterator[Batch]:
-    """All examples of a finite dataset, in order, each once; the last batch is filled up with zeros (weight 0)."""
+def heldout_batches(dataset: grain.MapDataset, shardings: Shardings | jax.sharding.Sharding, batch_size: int,
+                    told: Callable[[str, str], None] | None = None) -> Iterator[Batch]:
+    """All examples of a finite dataset, in order, each once; the last batch is filled up with zeros (weight 0).
+
+    Args:
+      told: called with the name of an example that cannot be read (it has weight 0 too), and why; once for each.
+    """
     if not len(dataset):
         return
     with Loader(dataset, shardings, batch_size) as loader:
+        count = 0
         for _, batch in loader:
+            if told is not None:
+                for name, reason in list(loader.skipped.items())[count:]:
+                    told(name, reason)
+                count = len(loader.skipped)
             yield batch
-
-

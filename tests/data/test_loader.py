@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgen.data.batching import Rows
+from jaxgen.data.batching import Rows, skipped
 from jaxgen.data.loader import Loader, heldout_batches, rows_needed
 
 
@@ -102,6 +102,21 @@ def test_heldout_comes_whole_in_order_with_padding(batch_size):
     assert np.array_equal(tokens[:50, 0], 100 * np.arange(50)) and weights.sum() == 50 * 8
     assert not tokens[50:].any() and not weights[50:].any()
     assert not list(heldout_batches(grain.MapDataset.range(0).map(example), sharding("data"), 4))
+
+
+def unread_in_places(i):
+    if i in (3, 4, 49):
+        skipped(f"{i}.png", "the file is empty", 1.0)
+    return example(i)
+
+
+def test_what_of_the_heldout_part_cannot_be_read_is_told_once():
+    told = []
+    batches = heldout_batches(grain.MapDataset.range(50).map(unread_in_places), sharding("data"), 8,
+                              lambda *name_and_reason: told.append(name_and_reason))
+    next(batches)
+    assert told == [("3.png", "the file is empty"), ("4.png", "the file is empty")]
+    assert len(list(batches)) == 6 and told[2:] == [("49.png", "the file is empty")]
 
 
 def fail_at_20(i):
