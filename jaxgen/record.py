@@ -405,8 +405,10 @@ def differences(old: Any, new: Any, path: str = "") -> list[Difference]:
     return [] if type(old) is type(new) and old == new or _same_number(old, new) else [Difference(path, old, new)]
 
 
-# What may change between the parts of one run: where it runs, how long, and what is only watched.
-CHANGEABLE = re.compile(r"(mesh|rules|topology|checkpoint|log|target|max_skipped)(\..*)?|evaluations\.\d+\.every")
+# What may change between the parts of one run: where it runs, how long, how its data is read, what is only watched.
+CHANGEABLE = re.compile(r"(mesh|rules|topology|checkpoint|log|target|max_skipped)(\..*)?|evaluations\.\d+\.every|"
+                        r"data\.(.*\.)?(max_bad|workers)")
+PATHS = re.compile(r"data\.(.*path|(.*\.)?(root|images))")   # whose content counts
 
 
 def resume(
@@ -418,7 +420,7 @@ def resume(
     paths is what the run has been trained on.
     """
     found = differences(old, new)
-    paths = [d for d in found if re.fullmatch(r"data\..*path", d.path)]
+    paths = [d for d in found if PATHS.fullmatch(d.path)]
     fewer = [d for d in found if d.path == "steps" and not (_are_numbers(d.new, d.old) and d.new > d.old)]
     refused = [d for d in found if d not in paths and not CHANGEABLE.fullmatch(d.path) and d.path != "steps"] + fewer
     if paths and not refused and not same_data():

@@ -15,8 +15,9 @@ from PIL import Image
 from jaxgen.data import cache as caching
 from jaxgen.data import glyphs
 from jaxgen.data.base import Data, Progress
+from jaxgen.data.batching import endless
 from jaxgen.data.imagetext import View, Viewing
-from jaxgen.data.pictures import read_idx
+from jaxgen.data.pictures import idx_labels, read_idx
 from jaxgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import jax
 
 VERSION = 1  # counts up when the same seed would give other digits
+ORDER = 2  # counts up when the digits of a file would come in another order, or be divided otherwise
 SIDE = 28
 Digit = UInt8[np.ndarray, "28 28 1"]
 
@@ -78,9 +80,8 @@ class _Files:
     """The digits of an IDX file, divided by a hash of their place: the first tenth is held out, the next validates."""
 
     def __init__(self, path: str, measure: str):
-        folder, _, name = path.rpartition("/")
-        labels = f"{folder}/" * bool(folder) + name.replace("images", "labels").replace("idx3", "idx1")
-        if labels == path:
+        labels = idx_labels(path)
+        if not labels:
             raise UserError(f"data.path is {path}, and where its labels are cannot be told: its name should have "
                             "'images' in it, as MNIST's 'train-images-idx3-ubyte.gz' has")
         self.images, self.labels = read_idx(path), read_idx(labels).astype(np.int32)
@@ -95,7 +96,8 @@ class _Files:
         self.heldout, self.train = np.flatnonzero(tenth == measured), np.flatnonzero(tenth > measured)
         if not len(self.train) or not len(self.heldout):
             raise UserError(f"{path} holds {len(self.labels)} digits, too few to train on some and measure on others")
-        self.fingerprint = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
+        content = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
+        self.fingerprint = caching.key(ORDER, content)
 
 
 def _tenth(place: int) -> int:
@@ -128,10 +130,8 @@ class PreparedDigits(Viewing):
 
         if self._files is None:
             return grain.MapDataset.range(2**62).map(_Drawn(self.data, seed))
-        # Grain's shuffle seeds epoch e with seed + e: neighbouring seeds would share epochs.
-        order = int(np.random.SeedSequence(seed % 2**64).generate_state(1)[0])
-        places = grain.MapDataset.source(self._files.train).shuffle(order).repeat()
-        return places.map_with_index(_Augmented(self.data, self._files.images, self._files.labels, seed))
+        files = self._files
+        return endless(_Augmented(self.data, files.images, files.labels, files.train, seed), len(files.train), seed)
 
     def heldout(self) -> grain.MapDataset:
         import grain
@@ -156,10 +156,12 @@ class _Augmented:
     data: Digits
     images: np.ndarray
     labels: np.ndarray
+    places: np.ndarray
     seed: int
 
-    def __call__(self, index: int, place: int) -> dict[str, np.ndarray]:
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([0, self.seed % 2**64, index])
+        place = self.places[index % len(self.places)]
         image = augment(self.images[place][..., None], rng, self.data.shift, self.data.rotation, self.data.scale)
         return {"image": image, "label": self.labels[place]}
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import abc
+import array
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Int32
@@ -20,9 +22,11 @@ from jaxgen.data.base import Data, Prepared, Progress
 from jaxgen.data.batching import check_skipped, endless, fold, skipped
 from jaxgen.data.captions import encode_captions
 from jaxgen.data.images import MAX_PIXELS, BadImage, Picture, read
-from jaxgen.data.pictures import Pictures, Row, Strings, open_pictures
+from jaxgen.data.pictures import Pictures, Row, Strings, StringsWriter, mapped_array, no_column, open_pictures
+from jaxgen.data.sources import printable
 from jaxgen.data.tokenizers import SentencePiece, Tokenizer, TokenizerConfig, load
-from jaxgen.data.transforms import CenterCrop, Resize, Transform, apply, array, patchify, pillow
+from jaxgen.data.transforms import CenterCrop, Resize, Transform, apply, patchify, pillow
+from jaxgen.data.transforms import array as pixels
 from jaxgen.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     import jax
 
 VERSION = 1  # counts up when the same input would give another index
+TOKENS = 2  # the same for other tokens of an index
 ATTEMPTS = 100  # pictures tried in place of one that cannot be read
 NAMED = 8  # of the rows that cannot be used, so many are told by name
 PARTS = ("train", "heldout")
@@ -78,7 +83,7 @@ class View:
           augment: what comes before the fitting, with the randomness of `rng`.
 
         Raises:
-          BadImage: the data is no picture.
+          BadImage: the data is no picture, or one that cannot be brought to the size.
         """
         rng = rng or np.random.default_rng(0)
         first = (augment or self._fit)[0] if augment or not self.patches else None
@@ -93,7 +98,7 @@ class View:
         if image.size != (self.size, self.size):
             raise UserError(f"data.fit gives a picture of {image.width} x {image.height} pixels, but data.size is "
                             f"{self.size}")
-        return {"image": array(image)}
+        return {"image": pixels(image)}
 
     @property
     def _mode(self) -> str:
@@ -140,6 +145,26 @@ class Captions(Viewing):
 
 
 # --- what an experiment names --------------------------------------------------------------------------------------
+
+
+class _Kept:
+    """Writes the rows of one part into an index, as they come."""
+
+    def __init__(self, directory: Path, part: str):
+        self.directory, self.part = directory, part
+        self.rows, self.names = array.array("q"), StringsWriter(directory, f"{part}.names")
+
+    def add(self, row: int, name: str, value: Any) -> None:
+        """Takes the row of that number and name, with what `Images._read` gave of it."""
+        self.rows.append(row)
+        self.names.add(name)
+
+    def close(self) -> None:
+        self.save("rows", np.asarray(self.rows, np.int64))
+        self.names.close()
+
+    def save(self, name: str, values: np.ndarray) -> None:
+        np.save(self.directory / f"{self.part}.{name}.npy", values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +216,8 @@ class Images(Data):
     max_pixels: int = MAX_PIXELS
     workers: int = -1
 
+    _kept: ClassVar[type[_Kept]] = _Kept
+
     def __post_init__(self):
         for name, least in (("size", 1), ("patches", 0), ("patch", 1), ("max_pixels", 1), ("workers", -1)):
             if getattr(self, name) < least:
@@ -228,6 +255,10 @@ class Images(Data):
         """Columns that every source must have."""
         return (self.group_by,) if self.group_by else ()
 
+    def _numbering(self) -> tuple[str, ...]:
+        """What else decides the index."""
+        return ()
+
     def _in_root(self, path: str) -> str:
         if not (self.root and path) or path.startswith("tfds:"):
             return path
@@ -240,78 +271,79 @@ class Images(Data):
         if self.heldout_path:
             parts["heldout"] = open_pictures(self._in_root(self.heldout_path), self.image, images, cache)
         key = caching.key(VERSION, type(self).__name__, {n: s.fingerprint(cache, progress) for n, s in parts.items()},
-                          self._needs(), self.heldout, self.heldout_by)
+                          self._needs(), self.heldout, self.heldout_by, *self._numbering())
         directory = caching.build(cache / "pictures" / key, lambda d: self._write(d, parts, progress))
         meta = json.loads((directory / "meta.json").read_text())
         check_skipped(meta["skipped"], meta["bad"], meta["total"], self.max_bad)
         return Index(directory, meta, parts["train"], parts.get("heldout", parts["train"]))
 
     def _write(self, directory: Path, sources: dict[str, Pictures], progress: Progress | None) -> None:
-        kept: dict[str, list[tuple[int, str, Any]]] = {part: [] for part in PARTS}
         bad: dict[str, str] = {}
         total = 0
-        for name, source in sources.items():
-            size = len(source)
-            rows = self._usable(source, bad, progress)
-            if self.heldout_path or not self.heldout:
-                kept[name] = list((i, row.name, value) for i, row, value in rows)
-            else:
-                for i, row, value in rows:
-                    group = row.columns.get(self.group_by) if self.group_by else None
-                    held = i >= round(size * (1 - self.heldout)) if self.heldout_by == "tail" else \
-                        _held(row.name if group is None else str(group), self.heldout)
-                    kept["heldout" if held else "train"].append((i, row.name, value))
-            total += size
-        if not kept["train"]:
+        with contextlib.ExitStack() as stack:
+            kept = {part: stack.enter_context(contextlib.closing(self._kept(directory, part))) for part in PARTS}
+            for name, source in sources.items():
+                size = len(source)
+                for i, row, value in self._usable(source, self.heldout_path if name == "heldout" else self.path, bad,
+                                                  progress):
+                    if self.heldout_path or not self.heldout:
+                        part = name
+                    else:
+                        group = row.columns.get(self.group_by) if self.group_by else None
+                        held = i >= round(size * (1 - self.heldout)) if self.heldout_by == "tail" else \
+                            _held(row.name if group is None else str(group), self.heldout)
+                        part = "heldout" if held else "train"
+                    kept[part].add(i, printable(row.name), value)
+                total += size
+        counts = {part: len(rows.rows) for part, rows in kept.items()}
+        if not counts["train"]:
             raise UserError(f"none of the {total} pictures of {self.path} can be used, for example "
-                            f"{': '.join(next(iter(bad.items())))}" if not kept["heldout"] else
+                            f"{': '.join(next(iter(bad.items())))}" if not counts["heldout"] else
                             "all pictures are held out: give less to data.heldout, or hold out by 'tail'")
-        if not kept["heldout"] and (self.heldout or self.heldout_path):
+        if not counts["heldout"] and (self.heldout or self.heldout_path):
             raise UserError("there are no pictures in data.heldout_path" if self.heldout_path else
-                            f"no picture of {len(kept['train'])} fell into the held-out part ({self.heldout:g}); use "
+                            f"no picture of {counts['train']} fell into the held-out part ({self.heldout:g}); use "
                             "data.heldout_by 'tail', a larger data.heldout, or data.heldout_path")
         meta: dict[str, Any] = {"skipped": dict(list(bad.items())[:NAMED]), "bad": len(bad), "total": total,
-                                "counts": {part: len(rows) for part, rows in kept.items()}}
-        for part, rows in kept.items():
-            np.save(directory / f"{part}.rows.npy", np.asarray([i for i, _, _ in rows], np.int64))
-            Strings.write(directory, f"{part}.names", [name for _, name, _ in rows])
-        meta |= self._keep(directory, {part: [value for _, _, value in rows] for part, rows in kept.items()}, sources)
-        (directory / "meta.json").write_text(json.dumps(meta))
+                                "counts": counts}
+        (directory / "meta.json").write_text(json.dumps(meta | self._finish(kept, sources)))
 
-    def _usable(self, source: Pictures, bad: dict[str, str],
+    def _usable(self, source: Pictures, path: str, bad: dict[str, str],
                 progress: Progress | None) -> Iterator[tuple[int, Row, Any]]:
         size = len(source)
+        missing, columns, whole = set(self._needs()), dict[str, None](), False
         for i in range(size):
             row = source.row(i)
             problem, value = row.problem, None
             if not problem:
-                if not i:
-                    for column in self._needs():
-                        if column not in row.columns:
-                            raise UserError(f"the pictures of {self.path} have no column '{column}', only "
-                                            f"{', '.join(row.columns) or 'none'}{nearest(column, row.columns)}")
+                if missing:
+                    missing -= row.columns.keys()
+                    columns |= dict.fromkeys(row.columns)
+                    whole = True
                 try:
                     value = self._read(row)
                 except BadImage as e:
                     problem = str(e)
             if problem:
-                bad[row.name if row.name not in bad else f"{row.name} (row {i})"] = problem
+                name = printable(row.name)
+                bad[name if name not in bad else f"{name} (row {i})"] = problem
             else:
                 yield i, row, value
             if progress and i % 4096 == 0:
                 progress("indexing pictures", i, size)
+        if missing and whole:
+            raise UserError(no_column(f"the pictures of {path} have", min(missing), columns))
 
-    @abc.abstractmethod
-    def _keep(self, directory: Path, values: dict[str, list[Any]], sources: dict[str, Pictures]) -> dict[str, Any]:
-        """Writes what `_read` gave, by part; what it returns goes into the index's meta data."""
+    def _finish(self, kept: dict[str, Any], sources: dict[str, Pictures]) -> dict[str, Any]:
+        """Writes what all rows together decide; what it returns goes into the index's meta data."""
+        return {}
 
     def _fingerprint(self, index: Index, *more: Any) -> str:
-        view = dataclasses.replace(self.view)
-        return caching.key(index.directory.name, repr(view), repr(self.augment), *more)
+        return caching.key(index.directory.name, repr(self.view), repr(self.augment), *more)
 
     def _facts(self, index: Index) -> dict[str, Any]:
         counts = index.meta["counts"]
-        facts = {"source": self._in_root(self.path) or "drawn scenes", "pictures": counts["train"],
+        facts = {"source": printable(self._in_root(self.path)) or "drawn scenes", "pictures": counts["train"],
                  "heldout_pictures": counts["heldout"]}
         if index.meta["bad"]:
             facts["skipped"] = index.meta["bad"]
@@ -337,9 +369,7 @@ class Index:
     heldout: Pictures
 
     def load(self, part: str, name: str) -> np.ndarray:
-        path = self.directory / f"{part}.{name}.npy"
-        values = np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # 128: the header alone
-        return values.view(np.ndarray)  # which is indexed in a fraction of a memmap's time
+        return mapped_array(self.directory / f"{part}.{name}.npy")
 
     def strings(self, part: str, name: str) -> Strings:
         return Strings(self.directory, f"{part}.{name}")
@@ -434,6 +464,23 @@ class _Datasets(Viewing):
 # --- captions ------------------------------------------------------------------------------------------------------
 
 
+class _KeptCaptions(_Kept):
+    def __init__(self, directory: Path, part: str):
+        super().__init__(directory, part)
+        self.captions, self.first = StringsWriter(directory, f"{part}.captions"), array.array("q", [0])
+
+    def add(self, row: int, name: str, value: list[str]) -> None:
+        super().add(row, name, value)
+        for text in value:
+            self.captions.add(text)
+        self.first.append(len(self.captions))
+
+    def close(self) -> None:
+        super().close()
+        self.captions.close()
+        self.save("first", np.asarray(self.first, np.int64))
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageText(Images):
     """Pictures with captions; to the batch of `Images` come `tokens`, int32 (B, length), and `lengths`, int32 (B,).
@@ -449,6 +496,8 @@ class ImageText(Images):
     caption: str = "caption"
     tokenizer: TokenizerConfig = SentencePiece()
     length: int = 64
+
+    _kept: ClassVar[type[_Kept]] = _KeptCaptions
 
     def __post_init__(self):
         super().__post_init__()
@@ -479,12 +528,6 @@ class ImageText(Images):
             raise BadImage(problem)
         return captions
 
-    def _keep(self, directory: Path, values: dict[str, list[Any]], sources: dict[str, Pictures]) -> dict[str, Any]:
-        for part, captions in values.items():
-            Strings.write(directory, f"{part}.captions", [text for several in captions for text in several])
-            np.save(directory / f"{part}.first.npy", np.cumsum([0, *map(len, captions)], dtype=np.int64))
-        return {}
-
     def prepare(self, cache: str | Path | None = None, progress: Progress | None = None) -> PreparedImageText:
         place = caching.root(cache)
         index = self._index(place, progress)
@@ -493,7 +536,7 @@ class ImageText(Images):
             place / "tokenizers" / key,
             lambda directory: self.tokenizer.fit(index.strings("train", "captions")).save(directory)))
         tokens = caching.build(
-            place / "captions" / caching.key(VERSION, index.directory.name, tokenizer.fingerprint, self.length),
+            place / "captions" / caching.key(TOKENS, index.directory.name, tokenizer.fingerprint, self.length),
             lambda directory: _tokenize(directory, index, tokenizer, self.length, progress))
         return PreparedImageText(self, index, tokenizer, tokens)
 
@@ -502,19 +545,21 @@ def _tokenize(directory: Path, index: Index, tokenizer: Tokenizer, length: int, 
     cut = dict.fromkeys(PARTS, 0)
     for part in PARTS:
         captions = index.strings(part, "captions")
-        tokens = np.empty((len(captions), length), np.int32)
         lengths = np.empty(len(captions), np.int32)
-        for first in range(0, len(captions), 4096):
-            texts = captions[first:first + 4096]
-            # One place more shows which are too long; the last is `eos` either way.
-            wide, long = encode_captions(tokenizer, texts, length + 1)
-            cut[part] += int((long > length).sum())
-            wide[:, length - 1] = tokenizer.eos
-            tokens[first:first + len(texts)] = wide[:, :length]
-            lengths[first:first + len(texts)] = np.minimum(long, length)
-            if progress:
-                progress("tokenizing captions", first, len(captions))
-        np.save(directory / f"{part}.tokens.npy", tokens)
+        with (directory / f"{part}.tokens.npy").open("wb") as f:
+            np.lib.format.write_array_header_1_0(f, {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(np.int32)), "fortran_order": False,
+                "shape": (len(captions), length)})
+            for first in range(0, len(captions), 4096):
+                texts = captions[first:first + 4096]
+                # One place more shows which are too long.
+                wide, long = encode_captions(tokenizer, texts, length + 1)
+                cut[part] += int((long > length).sum())
+                wide[long > length, length - 1] = tokenizer.eos
+                f.write(wide[:, :length].tobytes())
+                lengths[first:first + len(texts)] = np.minimum(long, length)
+                if progress:
+                    progress("tokenizing captions", first, len(captions))
         np.save(directory / f"{part}.lengths.npy", lengths)
     (directory / "cut.json").write_text(json.dumps(cut))
 
@@ -560,6 +605,17 @@ class PreparedImageText(_Datasets, Captions):
 # --- labels --------------------------------------------------------------------------------------------------------
 
 
+class _KeptLabels(_Kept):
+    def __init__(self, directory: Path, part: str):
+        super().__init__(directory, part)
+        self.places: dict[int | str, int] = {}  # of the different labels, as they were first seen
+        self.labels = array.array("q")
+
+    def add(self, row: int, name: str, value: int | str) -> None:
+        super().add(row, name, value)
+        self.labels.append(self.places.setdefault(value, len(self.places)))
+
+
 @dataclasses.dataclass(frozen=True)
 class LabelledImages(Images):
     """Pictures with labels; to the batch of `Images` comes `label`, int32 (B,).
@@ -568,15 +624,28 @@ class LabelledImages(Images):
 
     Attributes:
       label: the column of the label; for a folder, the folder that a picture lies in.
+      classes: the names of the labels 0, 1, ..., so that other data with only some of them numbers them alike; () goes
+        by what is there.
     """
 
     label: str = "label"
+    classes: tuple[str, ...] = ()
+
+    _kept: ClassVar[type[_Kept]] = _KeptLabels
+
+    def __post_init__(self):
+        super().__post_init__()
+        if twice := [name for k, name in enumerate(self.classes) if name in self.classes[:k]]:
+            raise UserError(f"data.classes has '{twice[0]}' twice")
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
         return {"label": ((), np.int32)}
 
     def _needs(self) -> tuple[str, ...]:
         return (*super()._needs(), self.label)
+
+    def _numbering(self) -> tuple[str, ...]:
+        return self.classes
 
     def _read(self, row: Row) -> int | str:
         value = row.columns.get(self.label)
@@ -586,12 +655,15 @@ class LabelledImages(Images):
             raise BadImage("its label is not UTF-8")
         if not isinstance(value, int | str) or (isinstance(value, int) and value < 0):
             raise BadImage(f"its label is {value!r}, neither a name nor a number from 0 on")
-        return value
+        return printable(value) if isinstance(value, str) else value
 
-    def _keep(self, directory: Path, values: dict[str, list[Any]], sources: dict[str, Pictures]) -> dict[str, Any]:
-        found = {value for part in values.values() for value in part}
+    def _finish(self, kept: dict[str, Any], sources: dict[str, Pictures]) -> dict[str, Any]:
+        found = {value for part in kept.values() for value in part.places}
         numbers = all(isinstance(v, int) or v.isdecimal() for v in found)
-        if numbers:
+        if self.classes:
+            classes = list(self.classes)
+            of = self._named(found)
+        elif numbers:
             known = sources["train"].classes(self.label)
             top = max(map(int, found))
             classes = list(known) if len(known) > top else [str(k) for k in range(top + 1)]
@@ -600,11 +672,21 @@ class LabelledImages(Images):
             classes = sorted(map(str, found))
             number = {name: k for k, name in enumerate(classes)}
             of = {value: number[str(value)] for value in found}
-        if unseen := sorted({of[v] for v in values["heldout"]} - {of[v] for v in values["train"]}):
+        if unseen := sorted({of[v] for v in kept["heldout"].places} - {of[v] for v in kept["train"].places}):
             raise UserError(f"the class '{classes[unseen[0]]}' is in the held-out part alone")
-        for part, labels in values.items():
-            np.save(directory / f"{part}.labels.npy", np.asarray([of[label] for label in labels], np.int32))
+        for part in kept.values():
+            part.save("labels", np.asarray([of[v] for v in part.places], np.int32)[np.asarray(part.labels, np.int64)])
         return {"classes": classes}
+
+    def _named(self, labels: Iterable[int | str]) -> dict[int | str, int]:
+        """The number of each label in `classes`: by name, or as it stands, if none of the names is a number."""
+        places = {name: k for k, name in enumerate(self.classes)}
+        if not any(map(str.isdecimal, self.classes)):
+            places |= {str(k): k for k in range(len(self.classes))}
+        if foreign := sorted({str(label) for label in labels} - places.keys()):
+            raise UserError(f"the label '{foreign[0]}' of {self.path} is not among the {len(self.classes)} of "
+                            f"data.classes{nearest(foreign[0], self.classes)}")
+        return {label: places[str(label)] for label in labels}
 
     def prepare(self, cache: str | Path | None = None, progress: Progress | None = None) -> PreparedLabelledImages:
         return PreparedLabelledImages(self, self._index(caching.root(cache), progress))

@@ -7,7 +7,9 @@ labels leaves the pictures unread. Sources pickle as their paths and open their 
 from __future__ import annotations
 
 import abc
+import array
 import base64
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -16,7 +18,7 @@ import mmap
 import os
 import struct
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -255,17 +257,15 @@ class _Table(Pictures):
 
     @functools.cached_property
     def _header(self) -> list[str] | None:
-        """The names of a TSV's columns; None for JSON lines. Checks that there is one for the picture."""
+        """The names of a TSV's columns; None for JSON lines. Raises UserError where none is the picture's."""
         if not len(self.lines):
             raise UserError(f"the table {self.name} is empty")
         if not self.path.lower().removesuffix(".gz").endswith(".tsv"):
-            row = self._json(0)
-            if not row.problem and self.column not in row.columns:
-                raise UserError(_no_column(self.name, self.column, row.columns))
+            _check_column(self.name, self.column, (self._json(i).columns for i in range(len(self.lines))))
             return None
         header = self.lines[0].removeprefix(b"\xef\xbb\xbf").decode(errors="replace").split("\t")
         if self.column not in header:
-            raise UserError(_no_column(self.name, self.column, header))
+            raise UserError(no_column(f"{self.name} has", self.column, header))
         return header
 
     def __len__(self) -> int:
@@ -310,8 +310,20 @@ class _Table(Pictures):
         """The file of that name; raises BadImage."""
 
 
-def _no_column(where: str, column: str, columns: Any) -> str:
-    return f"{where} has no column '{column}', only {', '.join(columns) or 'none'}{nearest(column, columns)}"
+def no_column(where: str, column: str, columns: Iterable[str]) -> str:
+    columns = list(columns)
+    return f"{where} no column '{column}', only {', '.join(columns) or 'none'}{nearest(column, columns)}"
+
+
+def _check_column(where: str, column: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Raises UserError where none of the rows has the column, if there is any that has columns at all."""
+    found: dict[str, None] = {}
+    for columns in rows:
+        if column in columns:
+            return
+        found |= dict.fromkeys(columns)
+    if found:
+        raise UserError(no_column(f"{where} has", column, found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,19 +417,37 @@ class Strings(Sequence[str]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
         return self._bytes[self._ends[index]:self._ends[index + 1]].tobytes().decode(errors="surrogateescape")
 
-    @staticmethod
-    def write(directory: Path, name: str, strings: Iterator[str] | Sequence[str]) -> None:
-        ends = [0]
-        with (directory / f"{name}.utf8").open("wb") as f:
-            for string in strings:
-                ends.append(ends[-1] + f.write(string.encode(errors="surrogateescape")))
-        np.save(directory / f"{name}.ends.npy", np.asarray(ends, np.int64))
+
+class StringsWriter:
+    """Writes `Strings` one after the other; they are whole once it is closed."""
+
+    def __init__(self, directory: Path, name: str):
+        self._file = (directory / f"{name}.utf8").open("wb")
+        self._index = directory / f"{name}.ends.npy"
+        self._ends = array.array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def add(self, string: str) -> None:
+        self._ends.append(self._ends[-1] + self._file.write(string.encode(errors="surrogateescape")))
+
+    def close(self) -> None:
+        self._file.close()
+        np.save(self._index, np.asarray(self._ends, np.int64))
 
 
 def _mapped(path: Path, dtype: Any) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def mapped_array(path: Path) -> np.ndarray:
+    """An array that `np.save` wrote, mapped."""
+    values = np.load(path, mmap_mode="r" if path.stat().st_size > 128 else None)  # 128: the header alone
+    return values.view(np.ndarray)  # which is indexed in a fraction of a memmap's time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,10 +464,17 @@ class Tar(Pictures):
     @functools.cached_property
     def _members(self) -> tuple[Strings, np.ndarray]:
         """Names of all members, and int64 (members, 3) of shard, offset and size."""
-        hashes = content_hashes(list(self.files), self.cache)
-        key = caching.key("tar", 1, [hashes[file] for file in self.files])
-        directory = caching.build(self.cache / "tars" / key, self._index)
+        directory = caching.build(self._place("tar", 1), self._index)
         return Strings(directory, "names"), np.load(directory / "places.npy", mmap_mode="r")
+
+    @functools.cached_property
+    def _hashes(self) -> list[str]:
+        hashes = content_hashes(list(self.files), self.cache)
+        return [hashes[file] for file in self.files]
+
+    def _place(self, *key: Any) -> Path:
+        """Where in the cache something is kept that follows from the content of the files and `key`."""
+        return self.cache / "tars" / caching.key(*key, self._hashes)
 
     def _index(self, directory: Path) -> None:
         names, places = [], []
@@ -455,12 +492,18 @@ class Tar(Pictures):
                     raise UserError(f"{file} is a damaged or unfinished tar file ({first_line(e)})") from e
                 if places and places[-1][0] == shard and places[-1][1] + places[-1][2] > end:
                     raise UserError(f"{file} is an unfinished tar file: it ends within {names[-1]}")
-        Strings.write(directory, "names", names)
+        with contextlib.closing(StringsWriter(directory, "names")) as writer:
+            for name in names:
+                writer.add(name)
         np.save(directory / "places.npy", np.asarray(places, np.int64).reshape(-1, 3))
 
     @functools.cached_property
     def _samples(self) -> tuple[np.ndarray, np.ndarray]:
         """The picture's member of each sample, and where the members of each begin and end."""
+        directory = caching.build(self._place("samples", 1, self.column), self._find)
+        return mapped_array(directory / "pictures.npy"), mapped_array(directory / "ranges.npy")
+
+    def _find(self, directory: Path) -> None:
         names, places = self._members
         wanted = None if self.column == "image" else "." + self.column.lower()
         pictures, ranges = [], []
@@ -476,7 +519,8 @@ class Tar(Pictures):
                     pictures.append(found)
                     ranges.append((start, k))
             start, before = k, now
-        return np.asarray(pictures, np.int64), np.asarray(ranges, np.int64).reshape(-1, 2)
+        np.save(directory / "pictures.npy", np.asarray(pictures, np.int64))
+        np.save(directory / "ranges.npy", np.asarray(ranges, np.int64).reshape(-1, 2))
 
     @functools.cached_property
     def table(self) -> str:
@@ -595,14 +639,23 @@ class ArrayRecords(Pictures):
         except (ValueError, struct.error, IndexError) as e:
             raise BadImage("it is neither JSON nor a tf.train.Example") from e
 
+    @functools.cached_property
+    def _checked(self) -> None:
+        def fields(index: int) -> dict[str, Any]:
+            try:
+                return self._fields(index)
+            except BadImage:
+                return {}
+
+        _check_column(self.files[0], self.column, map(fields, range(len(self))))
+
     def row(self, index: int) -> Row:
         try:
             fields = self._fields(index)
         except BadImage as e:
             return Row(str(index), problem=str(e))
         if self.column not in fields:
-            if not index:
-                raise UserError(_no_column(self.files[0], self.column, fields))
+            self._checked  # noqa: B018 (raises where no record has it)
             return Row(str(index), problem=f"it has no field '{self.column}'")
         return Row(str(index), {name: _plain(value) for name, value in fields.items() if name != self.column})
 
@@ -746,7 +799,7 @@ class Arrays(Pictures):
             found = self._npz() if self.path.endswith(".npz") else self._idx()
         column = next((name for name in (self.column, self.column + "s") if name in found), None)
         if column is None:
-            raise UserError(_no_column(self.path, self.column, found))
+            raise UserError(no_column(f"{self.path} has", self.column, found))
         images = found.pop(column)
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
             raise UserError(f"{self.path}: '{column}' is {images.dtype} of shape {images.shape}; pictures are uint8 of "
@@ -769,7 +822,7 @@ class Arrays(Pictures):
 
     def _idx(self) -> dict[str, np.ndarray]:
         arrays = {self.column: read_idx(self.path)}
-        if self._labels != self.path and path_of(self._labels).is_file():
+        if self._labels:
             arrays["label"] = read_idx(self._labels)
             if len(arrays["label"]) != len(arrays[self.column]):
                 raise UserError(f"{self._labels} has {len(arrays['label'])} labels for {len(arrays[self.column])} "
@@ -778,7 +831,9 @@ class Arrays(Pictures):
 
     @property
     def _labels(self) -> str:
-        return self.path.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1")
+        """The file of the labels of an IDX file; "" where there is none."""
+        path = "" if self.path.endswith(".npz") else idx_labels(self.path)
+        return path if path and path_of(path).is_file() else ""
 
     def __len__(self) -> int:
         return len(self._arrays[self.column])
@@ -794,10 +849,15 @@ class Arrays(Pictures):
         return tuple(map(str, self._arrays.get("", ())))
 
     def fingerprint(self, cache: Path, progress: Progress | None = None) -> str:
-        files = [self.path]
-        if self._labels != self.path and path_of(self._labels).is_file():
-            files.append(self._labels)
+        files = [self.path, *filter(None, [self._labels])]
         return caching.key("arrays", self.column, list(content_hashes(files, cache, progress).values()))
+
+
+def idx_labels(path: str) -> str:
+    """Where the labels of an IDX file of pictures lie, by its name (MNIST's form); "" where that does not tell."""
+    folder, slash, name = path.rpartition("/")
+    labels = name.replace("images", "labels").replace("idx3", "idx1")
+    return folder + slash + labels if labels != name else ""
 
 
 def read_idx(path: str) -> np.ndarray:

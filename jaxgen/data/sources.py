@@ -246,6 +246,11 @@ def _array_record(name: str, path: str, field: str, several: bool) -> Iterator[P
                 yield Piece(f"{prefix}{number}", _field(record, field, where, must_be_json=False))
 
 
+def printable(name: str) -> str:
+    """A name that UTF-8 can hold: of file names in other encodings, and of JSON, lone surrogates are spelled out."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -314,7 +319,7 @@ def _digest(path: Path, size: int, progress: Progress | None) -> str:
         while block := f.read(8 * PIECE):
             digest.update(block)
             if progress and size > 64 * PIECE:
-                progress(f"hashing {path.name}", f.tell(), size)
+                progress(f"hashing {printable(path.name)}", f.tell(), size)
     return digest.hexdigest()
 
 

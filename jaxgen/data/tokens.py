@@ -67,7 +67,7 @@ class Division:
 
     def held(self, name: str) -> bool:
         """Whether the document of this name is held out, when that goes by name."""
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < self.heldout * 2**64
+        return int.from_bytes(hashlib.sha256(name.encode(errors="replace")).digest()[:8], "big") < self.heldout * 2**64
 
     def _tail(self) -> Iterator[tuple[str, Piece]]:
         train = int(self._characters * (1 - self.heldout))

@@ -66,9 +66,17 @@ def test_files_are_divided_in_three(files):
     assert trained != sorted(trained)
     second = [number(train[len(trained) + i]) for i in range(len(trained))]
     assert sorted(second) == sorted(trained) and second != trained
+    both = [number(e) for e in (final.train(1)[i] for i in range(2 * len(trained)))]
+    assert both[len(trained):] != trained and both[:len(trained)] != second  # neighbouring seeds share no epoch
     for dataset in (train, train_less, final.heldout(), choices.heldout()):
         assert all(e["label"] == number(e) % 10 for e in (dataset[i] for i in range(30)))
     assert sorted(held)[:5] == [0, 12, 15, 17, 22]  # the tenth that is used once: the same for ever
+
+
+def test_files_are_shuffled_without_grains_slow_shuffle(files, monkeypatch):
+    monkeypatch.setattr("grain.MapDataset.shuffle", lambda *_, **__: pytest.fail("shuffled by Grain"))
+    train = Digits(path=files, **PLAIN).prepare().train(0)
+    assert len({train[i]["image"].tobytes() for i in range(20)}) == 20
 
 
 @pytest.mark.parametrize("path", ["", "files"])

@@ -1,6 +1,8 @@
 import collections
+import dataclasses
 import io
 import json
+import os
 import pickle
 
 import jax
@@ -11,11 +13,12 @@ from PIL import Image
 from jaxgen.data.batching import Rows
 from jaxgen.data.captions import encode_captions
 from jaxgen.data.images import BadImage
-from jaxgen.data.imagetext import ImageText, LabelledImages
+from jaxgen.data.imagetext import ImageText, LabelledImages, View
 from jaxgen.data.loader import Loader, heldout_batches
 from jaxgen.data.tokenizers import Bytes, ByteTokenizer, Characters, SentencePiece
 from jaxgen.data.transforms import ColorJitter, Flip, Pad, RandomResizedCrop, Resize
 from jaxgen.errors import UserError
+from jaxgen.record import resume
 
 AUGMENT = (RandomResizedCrop(16, (0.3, 1.0)), Flip(), ColorJitter())
 
@@ -165,6 +168,18 @@ def test_captions(folder):
         assert p.train(0)[i]["tokens"][-1] == 256 and p.train(0)[i]["lengths"] == 17
 
 
+def test_captions_on_disk_are_those_of_encode(folder, monkeypatch):
+    """Also where what fills a row is not what ends a caption, and where some are too long."""
+    for padding, length in ((None, 17), (0, 24), (0, 17), (0, 12)):
+        monkeypatch.setattr(ByteTokenizer, "padding", padding)
+        p = captions(folder, length=length).prepare(folder.parent / f"cache-{padding}")
+        for i, texts in enumerate(p.captions("heldout")):
+            (tokens,), (count,) = p.encode(texts)
+            example = p.heldout()[i]
+            assert np.array_equal(example["tokens"], tokens) and example["lengths"] == count
+            assert tokens[count - 1] == 256 and (tokens[count:] == (256 if padding is None else padding)).all()
+
+
 def test_learned_tokenizers_learn_from_the_training_captions(folder):
     lines = (folder / "t.tsv").read_text().replace("picture number", "abc").splitlines()
     held = {name for name in prepared(folder).names("heldout")}
@@ -280,6 +295,46 @@ def test_a_folder_in_which_only_some_have_captions(tmp_path):
     assert p.facts["skipped_names"] == "4.png: it has no caption"
     with pytest.raises(BadImage, match="not a picture"):
         p.picture(b"no picture")
+    for i in range(9):  # the first as well as any; none of them is a mistake
+        (folder / f"{i}.txt").unlink(missing_ok=True)
+    p = captions(folder, image="image", heldout=0.0, max_bad=1.0).prepare(tmp_path / "cache")
+    assert p.facts["pictures"] == 1 and p.facts["skipped"] == 9
+    assert p.facts["skipped_names"].startswith("0.png: it has no caption; ")
+    (folder / "9.txt").unlink()
+    with pytest.raises(UserError, match=f"the pictures of {folder} have no column 'caption', only none"):
+        captions(folder, image="image", max_bad=1.0).prepare(tmp_path / "cache")
+
+
+def test_names_that_utf8_cannot_hold(tmp_path):
+    """A file's name of another encoding, and half of a surrogate pair in JSON, can be kept, told and printed."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = []
+    for i in range(8):
+        name = f"caf\udce9 {i}.png"
+        try:
+            (folder / name).write_bytes(png(i))
+        except (OSError, UnicodeError):
+            pytest.skip("this file system takes no such names")
+        lines.append(json.dumps({"file": name, "caption": str(i)}))
+    lines += [json.dumps({"file": f"\ud800{i}.png", "caption": "x" * i}) for i in range(3)]
+    (folder / "t.jsonl").write_text("\n".join(lines))
+    data = ImageText(str(folder / "t.jsonl"), image="file", tokenizer=Bytes(), length=8, size=8, heldout=0.2,
+                     heldout_by="tail")
+    p = data.prepare(tmp_path / "cache")
+    json.dumps(p.facts, ensure_ascii=False).encode()
+    assert p.names("train")[1] == "caf\\udce9 1.png" and p.names("heldout")[-1] == "\\ud8002.png"
+    assert p.facts["skipped_names"] == "\\ud8000.png: its caption is empty"
+    assert np.array_equal(p.train(0)[0]["image"], p.picture(png(int(p.tokenizer.decode(p.train(0)[0]["tokens"])))))
+    _, told = Rows(p.heldout(), range(2), 2).read(0)
+    assert [name.encode() for name, _, _ in told] == [b"\\ud8001.png", b"\\ud8002.png"]
+    # In a folder of folders.
+    (folder / "t.jsonl").unlink()
+    for i in range(8):
+        os.makedirs(folder / "ab\udce9"[i % 2 * 2], exist_ok=True)
+        (folder / f"caf\udce9 {i}.png").rename(folder / "ab\udce9"[i % 2 * 2] / f"\udcff{i}.png")
+    labelled = LabelledImages(str(folder), size=8, heldout=0.0).prepare(tmp_path / "cache")
+    assert labelled.classes == ("\\udce9", "a") and labelled.names("train")[0] == "a/\\udcff0.png"
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -297,9 +352,48 @@ def test_labels_by_folder(tmp_path):
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in data.spec(8).items()}
     for i, name in enumerate(p.names("heldout")):
         assert p.classes[p.heldout()[i]["label"]] == name.split("/")[0]
-    (tmp_path / "data" / "1.png").write_bytes(png(1))
-    with pytest.raises(UserError, match="no column 'label'"):
-        data.prepare(tmp_path / "cache")
+    (tmp_path / "data" / "1.png").write_bytes(png(1))  # it comes first
+    p = data.prepare(tmp_path / "cache")
+    assert p.facts["skipped_names"] == "1.png: it has no label" and p.classes == ("ant", "cow", "zebra")
+    with pytest.raises(UserError, match="no column 'labels', only label; did you mean 'label'"):
+        dataclasses.replace(data, label="labels").prepare(tmp_path / "cache")
+
+
+def test_given_classes_number_any_part_of_them_alike(tmp_path):
+    for i in range(20):
+        for kind in ("all", "some"):
+            place = tmp_path / kind / (("zebra", "ant", "cow")[i % 3] if kind == "all" else "cow")
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{i}.png").write_bytes(png(i))
+    names = ("zebra", "ant", "cow", "dog")
+
+    def prepared(kind, *classes):
+        data = LabelledImages(str(tmp_path / kind), size=16, heldout=0.3, classes=classes)
+        return data.prepare(tmp_path / "cache")
+
+    assert prepared("some").train(0)[0]["label"] == 0
+    p = prepared("some", *names)
+    assert p.train(0)[0]["label"] == 2 and p.classes == names and p.facts["classes"] == 4
+    p = prepared("all", *names)
+    for i, name in enumerate(p.names("heldout")):
+        assert p.classes[p.heldout()[i]["label"]] == name.split("/")[0]
+    assert prepared("all", *names[::-1]).fingerprint not in (p.fingerprint, prepared("all").fingerprint)
+    with pytest.raises(UserError, match="the label 'cow' of .*all is not among the 3 of data.classes"):
+        prepared("all", "zebra", "ant", "crow")
+    with pytest.raises(UserError, match="data.classes has 'ant' twice"):
+        prepared("all", "ant", "zebra", "ant")
+
+
+@pytest.mark.parametrize("classes, numbers", [(("a", "b", "c"), (1, 2)), (("2", "0", "1"), (2, 0))])
+def test_given_classes_of_numbers(tmp_path, classes, numbers):
+    labels = np.arange(30) % 2 + 1
+    np.savez(tmp_path / "a.npz", images=np.zeros((30, 8, 8), np.uint8), labels=labels)
+    data = LabelledImages(str(tmp_path / "a.npz"), size=8, heldout=0.3, classes=classes)
+    p = data.prepare(tmp_path / "cache")
+    for i, name in enumerate(p.names("heldout")):
+        assert p.heldout()[i]["label"] == numbers[labels[int(name)] - 1]
+    with pytest.raises(UserError, match="the label '2' of .*a.npz is not among the 2 of data.classes"):
+        dataclasses.replace(data, classes=classes[1:]).prepare(tmp_path / "cache")
 
 
 def test_numbered_labels_and_grey(tmp_path):
@@ -337,6 +431,28 @@ def test_fit_and_proportions(folder):
     assert np.array_equal(example["patches"][4].reshape(8, 8, 3), pixels[8:, 8:16])
     with pytest.raises(UserError, match="keep their proportions"):
         free.picture(png(1))
+
+
+def test_a_picture_that_is_all_length_cannot_be_fitted():
+    """Its shorter side enlarged would take gigabytes."""
+    line = np.zeros((1, 10_000, 3), np.uint8)
+    with pytest.raises(BadImage, match="its 10000 x 1 pixels would become 2240000 x 224"):
+        View(224)(line)
+    assert View(16)(line)["image"].shape == (16, 16, 3)  # which does not
+
+
+def test_what_may_change_when_a_run_goes_on():
+    data = ImageText("here", root="/a", images="b")
+    for fields in ({"max_bad": 0.5}, {"workers": 7}):
+        changed = resume({"data": data}, {"data": dataclasses.replace(data, **fields)}, lambda: pytest.fail("asked"))
+        assert [d.path for d in changed] == [f"data.{name}" for name in fields]
+    for fields in ({"root": "/c"}, {"images": ""}, {"path": "there", "root": "d"}):
+        moved = dataclasses.replace(data, **fields)
+        assert len(resume({"data": data}, {"data": moved}, lambda: True)) == len(fields)
+        with pytest.raises(UserError, match=rf"data\.{next(iter(fields))}"):
+            resume({"data": data}, {"data": moved}, lambda: False)
+    with pytest.raises(UserError, match=r"data\.image \("):
+        resume({"data": data}, {"data": dataclasses.replace(data, image="x")}, lambda: True)
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -128,6 +128,12 @@ def test_lines_of_a_table_that_cannot_be_used(tmp_path):
     assert problems[0] == "" and "not valid JSON" in problems[1] and problems[2] == "it is not a JSON object but list"
     assert problems[3:] == ["its column 'file' names no picture", "it is not UTF-8"]
     assert source.row(1).name.endswith("t.jsonl, line 2")
+    (tmp_path / "t.jsonl").write_bytes(b"\n".join([b'{"caption": "x"}', b'{"fle": "x"}', *lines]))
+    source = open_pictures(str(tmp_path / "t.jsonl"), "file")  # the first lacks it, as any line may
+    assert [source.row(i).problem for i in range(3)] == ["its column 'file' names no picture"] * 2 + [""]
+    (tmp_path / "t.jsonl").write_bytes(b'{"caption": "x"}\n[1]\n{"fle": "x"}')
+    with pytest.raises(UserError, match="t.jsonl has no column 'file', only caption, fle; did you mean 'fle'"):
+        open_pictures(str(tmp_path / "t.jsonl"), "file")
 
 
 def test_webdataset(tmp_path):
@@ -153,7 +159,12 @@ def test_a_tar_is_indexed_once(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(5)])
     assert len(open_pictures(str(tmp_path / "a.tar"), cache=tmp_path / "cache")) == 5
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("indexed again"))
-    assert len(open_pictures(str(tmp_path / "a.tar"), cache=tmp_path / "cache")) == 5
+    monkeypatch.setattr(pictures, "_stem", lambda *_: pytest.fail("samples found again"))
+    source = open_pictures(str(tmp_path / "a.tar"), cache=tmp_path / "cache")
+    assert len(source) == 5 and source.image(3) == png(3)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="no pictures of the ending .x in"):
+        len(open_pictures(str(tmp_path / "a.tar"), "x", cache=tmp_path / "cache"))
 
 
 def varint(number):
@@ -191,8 +202,11 @@ def test_array_record(tmp_path):
         {"name": "0", "caption": "one", "label": 3, "shade": 1},
         {"name": "1", "caption": ["two", "words"], "label": -1, "boxes": [0.5, 0.25], "shade": 2},
         {"name": "2", "caption": "three", "shade": 3}]
-    with pytest.raises(UserError, match="has no column 'imgae', only image, caption, label; did you mean 'image'"):
+    with pytest.raises(UserError, match="has no column 'imgae', only image, caption, label, boxes; did you mean 'im"):
         open_pictures(str(tmp_path / "a.array_record"), "imgae").row(0)
+    write_records(tmp_path / "d.array_record", [tf_example(label=[3]), b"neither", tf_example(image=[png(2)])])
+    source = open_pictures(str(tmp_path / "d.array_record"))  # the first lacks it, as any record may
+    assert source.row(0).problem == "it has no field 'image'" and source.image(2) == png(2)
     write_records(tmp_path / "b.array_record", [b"neither", png(1), tf_example(image=[b"x"]) [:-1], b'{"image": "-"}'])
     source = open_pictures(str(tmp_path / "b.array_record"))
     assert {source.row(i).problem for i in range(3)} == {"it is neither JSON nor a tf.train.Example"}
@@ -254,6 +268,18 @@ def test_idx(tmp_path, packed):
     write(tmp_path / f"none{end}", b"abc")
     with pytest.raises(UserError, match="is not an IDX file of bytes"):
         read_idx(str(tmp_path / f"none{end}"))
+
+
+def test_labels_of_an_idx_file_by_its_own_name(tmp_path):
+    """That of its folder does not count, and both classes that read such files go by one rule."""
+    folder = tmp_path / "images-idx3"
+    folder.mkdir()
+    (folder / "images-idx3-ubyte").write_bytes(idx(np.zeros((3, 28, 28), np.uint8)))
+    (folder / "labels-idx1-ubyte").write_bytes(idx(np.array([7, 0, 2], np.uint8)))
+    source = open_pictures(str(folder / "images-idx3-ubyte"))
+    assert [source.row(i).columns for i in range(3)] == [{"label": 7}, {"label": 0}, {"label": 2}]
+    assert pictures.idx_labels("images/t10k-images.idx3-ubyte") == "images/t10k-labels.idx1-ubyte"
+    assert pictures.idx_labels("images/other") == ""
 
 
 def test_tfds(tmp_path, monkeypatch):

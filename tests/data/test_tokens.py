@@ -31,6 +31,11 @@ class Listed(Source):
         return caching.key([(p.name, p.text, p.last) for p in self.list])
 
 
+def test_a_document_of_a_name_that_is_not_utf8():
+    division = Division(Listed(("caf\udce9.txt", "text")), heldout=0.5, by="name")
+    assert [piece.text for _, piece in division.pieces()] == ["text"]
+
+
 def parts(corpus, tokenizer):
     """The documents of each part, as text."""
     found = {}
