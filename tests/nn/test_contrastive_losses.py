@@ -2,6 +2,7 @@
 memory."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -200,3 +201,18 @@ def test_memory_of_a_large_batch(mesh):
     assert temporaries(lambda i, t, s, w: softmax_loss(i, t, s, w, 1024)[0], 1, mesh) < plain / 8
     plain = temporaries(plain_sigmoid, 2, mesh)
     assert temporaries(lambda i, t, s, b, w: sigmoid_loss(i, t, s, b, w, 1024)[0], 2, mesh) < plain / 8
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, lambda x, y, s: sigmoid_loss(x, y, s, jnp.float32(BIAS))],
+                         ids=["softmax", "sigmoid"])
+def test_products_of_float32_are_in_full(loss):
+    """Where the default is less, as on a TPU; those of bfloat16 are left as they are."""
+
+    def precisions(dtype):
+        image, text = (jnp.asarray(x, dtype) for x in vectors(0))
+        value = jax.grad(lambda x, y: loss(x, y, jnp.float32(100))[0], (0, 1))
+        return re.findall(r"[( ]precision=(\S+)", str(jax.make_jaxpr(value)(image, text)))
+
+    found = precisions(jnp.float32)
+    assert len(found) >= 3 and all("HIGHEST" in p for p in found)
+    assert not any("HIGHEST" in p for p in precisions(jnp.bfloat16))
