@@ -72,6 +72,8 @@ class GPT(nn.Module):
 
     def check(self) -> None:
         """Raises UserError for sizes that do not fit together."""
+        if min(self.depth, self.width, self.heads, self.vocab_size, self.max_length) < 1:
+            raise UserError("depth, width, heads, vocab_size and max_length of a GPT are at least 1.")
         if not self.head_dim and self.width % self.heads:
             raise UserError(f"The width {self.width} is not a multiple of the {self.heads} heads.")
         if self.kv_heads and self.heads % self.kv_heads:
@@ -80,8 +82,6 @@ class GPT(nn.Module):
             raise UserError(f"Rotary positions need an even head size, not {self.key_dim}.")
         if not self.windows or self.depth % len(self.windows):
             raise UserError(f"The depth {self.depth} is not a multiple of the {len(self.windows)} windows' pattern.")
-        if min(self.depth, self.width, self.heads, self.vocab_size, self.max_length) < 1:
-            raise UserError("depth, width, heads, vocab_size and max_length of a GPT are at least 1.")
 
     @property
     def key_dim(self) -> int:

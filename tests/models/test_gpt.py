@@ -218,6 +218,7 @@ def test_counts_its_operations(model):
     ({"kv_heads": 3}, "The 4 heads are not a multiple of the 3 kv_heads."),
     ({"positions": "rope", "head_dim": 7}, "Rotary positions need an even head size, not 7."),
     ({"windows": (1, 2, 3)}, "The depth 2 is not a multiple of the 3 windows' pattern."),
+    ({"heads": 0}, "depth, width, heads, vocab_size and max_length of a GPT are at least 1."),
     ({"depth": 0}, "depth, width, heads, vocab_size and max_length of a GPT are at least 1."),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit(change, words):
