@@ -59,11 +59,12 @@ def run(argv: Sequence[str]) -> int:
     channels = getattr(getattr(module, "image", module), "channels", 3)
     size = getattr(data, "size", None) or getattr(getattr(module, "image", module), "image_size", 224)
     mean, std = (values * channels if len(values) == 1 else values for values in (task.mean, task.std))
-    pictures = Pictures(size, mean, std, crop=not getattr(data, "fit", ()), patches=patches)
+    pictures = Pictures(size, mean, std, patches=patches, **_fitted(getattr(data, "fit", ()), size))
     tensors = written(format, module, _variables(task, module, opened), np.dtype(arguments.dtype))
     tokenizer = _tokenizer(opened.directory)
     files = format.files(module, pictures)
-    _tell_tokens(files.get("config.json", {}), tokenizer, arguments.dtype)
+    for config in files.values():
+        _tell_tokens(config, tokenizer, arguments.dtype)
     paths = write(out, tensors, format.weights)
     try:
         for name, content in files.items():
@@ -88,6 +89,17 @@ def _module(task: Any, directory: Path) -> Any:
     return module
 
 
+def _fitted(fit: tuple[Any, ...], size: int) -> dict[str, Any]:
+    """How data makes a picture as large as the model wants it, in the words of `Pictures`."""
+    from jaxgen.data.transforms import Resize
+
+    first = fit[0] if fit else None
+    if not isinstance(first, Resize):
+        return {"crop": not fit}
+    resize = first.size if first.size != size else 0
+    return {"crop": first.mode == "shortest", "resize": resize, "filter": first.filter}
+
+
 def _variables(task: Any, module: Any, opened: Any) -> dict[str, Any]:
     """The module's own variables, of what the run keeps by part."""
     import math
@@ -95,14 +107,15 @@ def _variables(task: Any, module: Any, opened: Any) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from jaxgen.models.clip import CLIP
+    from jaxgen.tasks.vision import turned
 
-    params = opened.params
+    params, state = opened.params, opened.state or {}
     if not isinstance(module, CLIP):
-        params = params["model"]
-    elif not module.bias and module.max_scale:   # other projects know no bound, or put the parameter itself there
+        return {"params": params["model"], **state.get("model", {})}
+    if not module.bias and module.max_scale:   # other projects know no bound, or put the parameter itself there
         scale = jnp.minimum(params["temperature"]["scale"], math.log(module.max_scale))
         params = {**params, "temperature": {**params["temperature"], "scale": scale}}
-    return {"params": params, **(opened.state or {})}
+    return {"params": params, **turned(state)}
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -113,6 +126,11 @@ def _tokenizer(directory: Path) -> Any:
 
 def _tell_tokens(config: dict[str, Any], tokenizer: Any, dtype: str) -> None:
     """Puts into a configuration what the tokenizer and the numbers are."""
+    from jaxgen.data.huggingface import CaptionTokenizer
+
+    if "model_cfg" in config and isinstance(tokenizer, CaptionTokenizer):
+        clean = "canonicalize" if tokenizer.plain else "lower"
+        config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": clean}
     if "dtype" in config:
         config["dtype"] = dtype
     if tokenizer is None or "text_config" not in config:

@@ -43,6 +43,7 @@ def run(argv: Sequence[str]) -> int:
     import jax
 
     from jaxgen.interop.families import find
+    from jaxgen.tasks.vision import turned
     from jaxgen.training.loop import program_of
 
     found = find(arguments.directory)
@@ -54,8 +55,10 @@ def run(argv: Sequence[str]) -> int:
     variables = found.read(program.sharding)
     params = variables.pop("params")
     if "model" in program.shapes.params:
-        params = {"model": params}
-    state = {"params": params, "state": variables}
+        params, kept = {"model": params}, {"model": variables} if variables else {}
+    else:
+        kept = turned(variables)
+    state = {"params": params, "state": kept}
     wanted = {"params": program.shapes.params, "state": program.shapes.state}
     if jax.tree.structure(state) != jax.tree.structure(wanted):
         raise ValueError("the imported variables are not those of the task")
@@ -73,8 +76,6 @@ def described(found: Any, destination: Path, tokenizer: Any) -> Any:
     """The experiment that the model directory records: its task and how its data is read."""
     from jaxgen.data.huggingface import Existing
     from jaxgen.data.imagetext import ImageText, LabelledImages
-    from jaxgen.data.tokenizers import Bytes
-    from jaxgen.data.transforms import Resize
     from jaxgen.evaluation.calibration import Accuracy
     from jaxgen.evaluation.retrieval import Retrieval
     from jaxgen.experiment import Experiment
@@ -84,22 +85,32 @@ def described(found: Any, destination: Path, tokenizer: Any) -> Any:
     from jaxgen.training.optimizers import AdamW
 
     module, pictures = found.module, found.pictures
-    fit = () if pictures.crop else (Resize(pictures.size, "exact"),)
-    shown = dict(size=pictures.size, channels=getattr(module, "channels", 3), fit=fit)
+    shown = dict(size=pictures.size, channels=getattr(module, "channels", 3), fit=_fit(pictures))
     normal = dict(mean=pictures.mean, std=pictures.std)
     if isinstance(module, CLIP):
         image, text = module.image, module.text
         task = Contrastive(image, text, "sigmoid" if module.bias else "softmax", **normal)
         if pictures.patches:
             shown |= dict(patches=pictures.patches, patch=image.patch)
-        words = Bytes() if tokenizer is None else Existing(str(destination / "tokenizer"), tokenizer.vocab_size)
-        data = ImageText(**shown, tokenizer=words, length=text.max_length)
+        known = ("", text.vocab_size) if tokenizer is None else (str(destination / "tokenizer"), tokenizer.vocab_size)
+        data = ImageText(**shown, tokenizer=Existing(*known), length=text.max_length)
         evaluations = (Retrieval(),)
     else:
         task, data = Classification(module, **normal), LabelledImages(**shown)
         evaluations = (Accuracy(),) if module.out else ()
     name = re.sub(r"[^\w.+-]", "-", destination.absolute().name).lstrip("-+") or "model"
     return Experiment(name, task, data, AdamW(), BATCH, steps=1, evaluations=evaluations)
+
+
+def _fit(pictures: Any) -> tuple[Any, ...]:
+    """How a picture is made as large as the model wants it; empty for the way of data that says nothing."""
+    from jaxgen.data.transforms import CenterCrop, Resize
+
+    side = pictures.resize or pictures.size
+    if pictures.crop and side == pictures.size and pictures.filter == Resize.filter:
+        return ()
+    resize = Resize(side, "shortest" if pictures.crop else "exact", pictures.filter)
+    return (resize, CenterCrop(pictures.size)) if pictures.crop or side != pictures.size else (resize,)
 
 
 def _tokenizer(found: Any, given: str | None) -> Any:
@@ -112,7 +123,7 @@ def _tokenizer(found: Any, given: str | None) -> Any:
     if given is None and not any((found.path / name).is_file() for name in FILES):
         raise UserError(f"{found.path} has no tokenizer ({', '.join(FILES)}); name one with --tokenizer PATH, or do "
                         "without, and without searches, with --tokenizer none")
-    tokenizer = read(given or found.path)
+    tokenizer = read(given or found.path, found.path)
     if tokenizer.vocab_size > found.module.text.vocab_size:
         raise UserError(f"the tokenizer {given or found.path} has {tokenizer.vocab_size} entries, and the model knows "
                         f"{found.module.text.vocab_size}: it belongs to another model")

@@ -31,7 +31,7 @@ class Existing(TokenizerConfig):
 
     Attributes:
       path: another project's folder, with `tokenizer.json` or a SentencePiece model in it, or that file; or the folder
-        `tokenizer` of a run or an imported model.
+        `tokenizer` of a run or an imported model. Empty for a model that has none: its texts cannot be read.
       vocab_size: number of entries; what that tokenizer has.
     """
 
@@ -39,6 +39,9 @@ class Existing(TokenizerConfig):
     vocab_size: int = 49408
 
     def fit(self, texts: Iterable[str] = ()) -> Tokenizer:
+        if not self.path:
+            raise UserError("the model has no tokenizer (it was imported with --tokenizer none), so no text can be "
+                            "read for it; import it again with --tokenizer PATH")
         tokenizer = read(self.path)
         if tokenizer.vocab_size != self.vocab_size:
             raise UserError(f"the tokenizer {self.path} has {tokenizer.vocab_size} entries, "
@@ -46,8 +49,11 @@ class Existing(TokenizerConfig):
         return tokenizer
 
 
-def read(path: str | Path) -> Tokenizer:
+def read(path: str | Path, model: str | Path | None = None) -> Tokenizer:
     """The tokenizer in a model's folder, or that of a file.
+
+    Args:
+      model: the model's folder, where it is another; what that says of cleaning captions counts too.
 
     Raises:
       UserError: there is none, or it has no token that ends a text.
@@ -61,12 +67,12 @@ def read(path: str | Path) -> Tokenizer:
         raise UserError(f"no tokenizer at {path}" + (
             f": it has none of {', '.join(f.name for f in files)}" if path.is_dir() else ""))
     told = _told(file.parent)
-    lower, plain = _cleaning(told)
+    lower, plain, apart = _cleaning(told, _open_clip(file.parent) or (_open_clip(Path(model)) if model else ""))
     if file.suffix == ".model":
         inner: Tokenizer = read_model(file.read_bytes(), file)
     else:
         inner = _tokenizer_json(file, told)
-    return CaptionTokenizer(inner, lower, plain) if lower or plain else inner
+    return CaptionTokenizer(inner, lower, plain, apart) if lower or plain else inner
 
 
 def _is_ours(folder: Path) -> bool:
@@ -84,11 +90,13 @@ def write(tokenizer: Tokenizer | None, folder: str | Path) -> bool:
     told: dict[str, Any] = {}
     if isinstance(inner, HuggingFaceTokenizer):
         names = {i: token for token, i in _parsed(inner.definition).get_vocab(with_added_tokens=True).items()}
-        write_whole(folder / "tokenizer.json", inner.definition)
         told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[inner.eos],
                 "pad_token": names[inner.padding]}
-        if inner is not tokenizer:
+        if inner is not tokenizer and not (folder / "open_clip_config.json").is_file():   # which says it itself
+            if tokenizer.plain:
+                return False
             told["tokenizer_class"] = "Siglip2Tokenizer"
+        write_whole(folder / "tokenizer.json", inner.definition)
     elif isinstance(inner, SentencePieceTokenizer) and inner is not tokenizer:
         write_whole(folder / "spiece.model", inner.model)
         told = {"tokenizer_class": "SiglipTokenizer", "do_lower_case": tokenizer.lower, "eos_token": "</s>",
@@ -103,21 +111,37 @@ def _told(folder: Path) -> dict[str, Any]:
     """What the JSON files beside say of special tokens, and of the model."""
     told: dict[str, Any] = {}
     for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            told |= json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (ValueError, TypeError, OSError):
-            raise UserError(f"{folder / name} cannot be read") from None
+        told |= _json(folder / name)
     return told
 
 
-def _cleaning(told: dict[str, Any]) -> tuple[bool, bool]:
-    """(letters become small, punctuation goes): what was done to SigLIP's captions before these tokenizers."""
+def _json(file: Path) -> dict[str, Any]:
+    """What a file says; nothing where there is none."""
+    try:
+        return {} | json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, OSError):
+        raise UserError(f"{file} cannot be read") from None
+
+
+def _open_clip(folder: Path) -> str:
+    """How open_clip cleans a model's captions, where the folder has its configuration: "canonicalize", "lower", ..."""
+    told: Any = _json(folder / "open_clip_config.json")
+    for name in ("model_cfg", "text_cfg", "tokenizer_kwargs", "clean"):
+        told = told.get(name) if isinstance(told, dict) else None
+    return told if isinstance(told, str) else ""
+
+
+def _cleaning(told: dict[str, Any], clean: str) -> tuple[bool, bool, bool]:
+    """(letters become small, punctuation goes, underscores become spaces): what was done to captions before they came
+    to these tokenizers, as open_clip says it, or as transformers' class does."""
+    if clean in ("canonicalize", "lower"):
+        return True, clean == "canonicalize", clean == "canonicalize"
     name = str(told.get("tokenizer_class", "")).removesuffix("Fast")
     first = name == "SiglipTokenizer"
     second = name == "Siglip2Tokenizer" or (name == "GemmaTokenizer" and "siglip" in str(told.get("model_type")))
-    return (first and told.get("do_lower_case", True)) or second, first
+    return (first and told.get("do_lower_case", True)) or second, first, False
 
 
 def _tokenizer_json(file: Path, told: dict[str, Any]) -> HuggingFaceTokenizer:
@@ -192,6 +216,8 @@ class CaptionTokenizer(Tokenizer):
     inner: Tokenizer
     lower: bool = True
     plain: bool = True
+    apart: bool = False
+    """Underscores become spaces, as in open_clip, and are not left out like other punctuation."""
     kind: ClassVar[str] = "captions"
 
     @property
@@ -213,6 +239,8 @@ class CaptionTokenizer(Tokenizer):
     def encode(self, text: str) -> Int[np.ndarray, " N"]:
         if self.lower:
             text = text.lower()
+        if self.apart:
+            text = text.replace("_", " ")
         if self.plain:
             text = re.sub(r"\s+", " ", text.translate(_PUNCTUATION)).strip()
         return self.inner.encode(text)
@@ -221,14 +249,17 @@ class CaptionTokenizer(Tokenizer):
         return self.inner.decode(ids)
 
     def files(self) -> dict[str, bytes]:
-        told = json.dumps({"kind": self.inner.kind, "lower": self.lower, "plain": self.plain}).encode()
-        return {"captions.json": told, **self.inner.files()}
+        told = {"kind": self.inner.kind, "lower": self.lower, "plain": self.plain}
+        if self.apart:   # else the fingerprints are those of before it was known
+            told["apart"] = True
+        return {"captions.json": json.dumps(told).encode(), **self.inner.files()}
 
     @classmethod
     def from_files(cls, directory: Path) -> CaptionTokenizer:
         told = json.loads((directory / "captions.json").read_bytes())
         kinds = {kind.kind: kind for kind in (HuggingFaceTokenizer, SentencePieceTokenizer)}
-        return cls(kinds[told["kind"]].from_files(directory), bool(told["lower"]), bool(told["plain"]))
+        inner = kinds[told["kind"]].from_files(directory)
+        return cls(inner, bool(told["lower"]), bool(told["plain"]), bool(told.get("apart", False)))
 
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

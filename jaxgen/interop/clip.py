@@ -12,6 +12,7 @@ from jaxgen.interop import layers
 from jaxgen.interop.formats import (
     HALF,
     OPENAI,
+    RESAMPLING,
     Format,
     Pictures,
     activation,
@@ -160,7 +161,8 @@ class Siglip2Format(SiglipFormat):
 
     def pictures(self, config, module):
         told = config.get("preprocessor", {}).get("max_num_patches") or module.image.side**2
-        return dataclasses.replace(super().pictures(config, module), crop=False, patches=told)
+        shown = super().pictures(config, module)
+        return dataclasses.replace(shown, crop=False, resize=0, filter="bilinear", patches=told)
 
 
 def part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -327,7 +329,7 @@ class OpenClipFormat(Pair):
         return {"model_cfg": {"embed_dim": text.out, **quick, "vision_cfg": vision, "text_cfg": words}}
 
     def files(self, module, pictures):
-        told = {"mean": list(pictures.mean), "std": list(pictures.std), "interpolation": "bicubic",
+        told = {"mean": list(pictures.mean), "std": list(pictures.std), "interpolation": pictures.filter,
                 "resize_mode": "shortest" if pictures.crop else "squash"}  # fmt: skip
         return {"open_clip_config.json": {**self.config(module), "preprocess_cfg": told}}
 
@@ -335,7 +337,9 @@ class OpenClipFormat(Pair):
         told = config.get("preprocess_cfg") or {}
         mean, std = HALF if module.bias and not told else OPENAI
         crop = told.get("resize_mode", "squash" if module.bias else "shortest") == "shortest"
-        return Pictures(module.image.image_size, tuple(told.get("mean", mean)), tuple(told.get("std", std)), crop)
+        filter = told.get("interpolation", "bicubic")   # "random" is for training
+        return Pictures(module.image.image_size, tuple(told.get("mean", mean)), tuple(told.get("std", std)), crop,
+                        filter=filter if filter in RESAMPLING.values() else "bicubic")  # fmt: skip
 
 
 def _heads(config: Mapping[str, Any]) -> dict[str, int]:

@@ -18,7 +18,6 @@ FORMATS: tuple[Format, ...] = (
     ClipFormat(), SiglipFormat(), Siglip2Format(), OpenClipFormat(), ViTFormat(), TimmViTFormat(), ResNetFormat(),
     BitFormat(), TimmResNetFormat(),
 )  # fmt: skip
-PROJECTS = ("huggingface", "open_clip")
 
 
 def find(path: str | Path, formats: tuple[Format, ...] = FORMATS) -> Found:

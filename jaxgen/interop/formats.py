@@ -32,7 +32,11 @@ class Pictures:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     crop: bool = True
-    """The shorter side is made `size` and the middle cut out; False squeezes the whole picture."""
+    """The picture keeps its proportions, and the middle is cut out; False squeezes it."""
+    resize: int = 0
+    """Pixels of the shorter side (squeezed: of both) before the middle of `size` is cut out; 0 for `size`."""
+    filter: str = "bicubic"
+    """How pixels are interpolated."""
     patches: int = 0
     """Patches of a picture that keeps its proportions (NaFlex); 0 for pictures of one size."""
 
@@ -209,24 +213,59 @@ def require(config: Mapping[str, Any], what: str, **wanted: Any) -> None:
             raise UserError(f"{what} with {key} = {config[key]!r} is not imported, only {value!r}")
 
 
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}   # Pillow's numbers
+
+
 def preprocessed(
     config: Mapping[str, Any], size: int, mean: tuple[float, ...], std: tuple[float, ...], crop: bool = True
 ) -> Pictures:
     """What preprocessor_config.json says, or the family's own way."""
     told = config.get("preprocessor", {})
-    if told:
+    shown = Pictures(size, tuple(told.get("image_mean", mean)), tuple(told.get("image_std", std)), crop)
+    if not told:
+        return shown
+    filter = RESAMPLING.get(told.get("resample", 3))
+    if filter is None:
+        raise UserError(f"pictures resized by resample = {told['resample']!r} are not imported, only by "
+                        + ", ".join(f"{number} ({name})" for number, name in RESAMPLING.items()))
+    kind = str(told.get("image_processor_type") or told.get("feature_extractor_type"))
+    if "crop_pct" in told or kind.startswith("ConvNext"):   # whose words are its own: large pictures are squeezed
+        crop = size < 384
+        resize = int(size / (told.get("crop_pct") or 224 / 256)) if crop else size
+    else:
         crop = bool(told.get("do_center_crop", "crop_size" in told))
-    return Pictures(size, tuple(told.get("image_mean", mean)), tuple(told.get("image_std", std)), crop)
+        edge = told.get("size")
+        edge = edge.get("shortest_edge") if isinstance(edge, Mapping) else edge
+        resize = edge if crop and isinstance(edge, int) else size
+    return dataclasses.replace(shown, crop=crop, resize=resize if resize != size else 0, filter=filter)
+
+
+def timm_pictures(told: Mapping[str, Any], size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Pictures:
+    """What timm's pretrained_cfg says, or its own way."""
+    filter = str(told.get("interpolation", "bicubic"))
+    if filter not in RESAMPLING.values():
+        raise UserError(f"pictures resized by interpolation = {filter!r} are not imported, only by "
+                        + ", ".join(RESAMPLING.values()))
+    resize = int(size / told.get("crop_pct", 0.875))
+    crop = told.get("crop_mode") != "squash"
+    mean, std = tuple(told.get("mean", mean)), tuple(told.get("std", std))
+    return Pictures(size, mean, std, crop, resize if resize != size else 0, filter)
 
 
 def preprocessor(module: nn.Module, pictures: Pictures) -> dict[str, Any]:
     square = {"height": pictures.size, "width": pictures.size}
-    size = {"size": {"shortest_edge": pictures.size}, "crop_size": square} if pictures.crop else {"size": square}
+    size: dict[str, Any] = {"size": square}
+    if pictures.crop:   # by the one whose words these are: some models' own would cut out another part, or none
+        size = {"size": {"shortest_edge": pictures.resize or pictures.size}, "crop_size": square,
+                "image_processor_type": "CLIPImageProcessor"}  # fmt: skip
     if pictures.patches:
         size = {"max_num_patches": pictures.patches, "patch_size": module.image.patch}
+    # pictures become patches bilinearly, here and there
+    filter = "bilinear" if pictures.patches else pictures.filter
     return {
         "do_resize": True, "do_center_crop": pictures.crop and not pictures.patches, "do_rescale": True,
-        "do_normalize": True, "do_convert_rgb": True, **size, "resample": 3, "rescale_factor": 1 / 255,
+        "do_normalize": True, "do_convert_rgb": True, **size,
+        "resample": next(number for number, name in RESAMPLING.items() if name == filter), "rescale_factor": 1 / 255,
         "image_mean": list(pictures.mean), "image_std": list(pictures.std),
     }  # fmt: skip
 

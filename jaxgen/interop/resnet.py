@@ -9,12 +9,10 @@ import numpy as np
 
 from jaxgen.errors import UserError
 from jaxgen.interop import layers
-from jaxgen.interop.formats import HALF, IMAGENET, Format, Pictures, preprocessed, require
+from jaxgen.interop.formats import HALF, IMAGENET, Format, preprocessed, require, timm_pictures
 from jaxgen.interop.names import CONVOLUTION, NameMap, Rule
 from jaxgen.interop.vit import label_names, labels
-from jaxgen.models.resnet import ResNet
-
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+from jaxgen.models.resnet import STAGES, ResNet
 
 
 class Residuals(Format):
@@ -40,17 +38,17 @@ def batch_norm(theirs: str, ours: str) -> list[Rule]:
 
 def blocks(module: ResNet) -> list[tuple[int, int, str]]:
     """(stage from 0, block from 0, our name) of each block."""
-    return [(s, b, f"stage{s + 1}_block{b + 1}") for s, n in enumerate(BLOCKS[module.depth]) for b in range(n)]
+    return [(s, b, f"stage{s + 1}_block{b + 1}") for s, n in enumerate(STAGES[module.depth]) for b in range(n)]
 
 
 def depth_of(counts: tuple[int, ...], bottleneck: bool) -> int:
     """The network with so many blocks a stage."""
-    for depth, known in BLOCKS.items():
+    for depth, known in STAGES.items():
         if known == counts and (depth >= 50) == bottleneck:
             return depth
     kind = "bottleneck" if bottleneck else "basic"
     raise UserError(f"a residual network of {counts} {kind} blocks is not imported; there are "
-                    + ", ".join(f"{b} ({d})" for d, b in BLOCKS.items() if (d >= 50) == bottleneck))
+                    + ", ".join(f"{b} ({d})" for d, b in STAGES.items() if (d >= 50) == bottleneck))
 
 
 def widths(width: int, bottleneck: bool) -> list[int]:
@@ -168,7 +166,7 @@ def plain(module: ResNet, form: str) -> None:
 def described(module: ResNet, architecture: str, kind: str) -> dict[str, Any]:
     return {
         "architectures": [f"{architecture}{'ForImageClassification' if module.out else 'Model'}"], "model_type": kind,
-        "depths": list(BLOCKS[module.depth]), "embedding_size": module.width, "num_channels": module.channels,
+        "depths": list(STAGES[module.depth]), "embedding_size": module.width, "num_channels": module.channels,
         "hidden_sizes": widths(module.width, module.bottleneck), "hidden_act": "relu", **label_names(module.out),
         "dtype": "float32",
     }  # fmt: skip
@@ -234,5 +232,4 @@ class TimmResNetFormat(Residuals):
     def pictures(self, config, module):
         told = config.get("pretrained_cfg") or config
         mean, std = HALF if module.form == "bit" else IMAGENET
-        size = (told.get("input_size") or (3, 224, 224))[-1]
-        return Pictures(size, tuple(told.get("mean", mean)), tuple(told.get("std", std)))
+        return timm_pictures(told, (told.get("input_size") or (3, 224, 224))[-1], mean, std)

@@ -13,12 +13,12 @@ from jaxgen.interop.formats import (
     HALF,
     IMAGENET,
     Format,
-    Pictures,
     activation,
     activation_name,
     default_width,
     preprocessed,
     require,
+    timm_pictures,
 )
 from jaxgen.interop.names import LINEAR, SKIP, NameMap, Rule
 from jaxgen.models.vit import ViT
@@ -121,8 +121,7 @@ class TimmViTFormat(Format):
 
     def pictures(self, config, module):
         told = config.get("pretrained_cfg") or config
-        mean, std = (tuple(told.get(key, default)) for key, default in zip(("mean", "std"), IMAGENET, strict=True))
-        return Pictures(module.image_size, mean, std)
+        return timm_pictures(told, module.image_size, *IMAGENET)
 
 
 def timm_vit(architecture: str, arguments: Mapping[str, Any], tensors: Mapping[str, Any], at: str) -> ViT:

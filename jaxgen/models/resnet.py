@@ -16,7 +16,8 @@ from jaxgen.nn.linear import Linear
 
 Form = Literal["batch", "bit"]
 
-_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+"""Blocks of each stage by depth."""
 
 
 class Residual(nn.Module):
@@ -105,8 +106,8 @@ class ResNet(nn.Module):
 
     def check(self) -> None:
         """Raises UserError for sizes that do not fit together."""
-        if self.depth not in _STAGES:
-            raise UserError(f"A ResNet of depth {self.depth} is not known; there are {', '.join(map(str, _STAGES))}.")
+        if self.depth not in STAGES:
+            raise UserError(f"A ResNet of depth {self.depth} is not known; there are {', '.join(map(str, STAGES))}.")
         if self.width < 1 or self.channels < 1:
             raise UserError("width and channels of a ResNet are at least 1.")
         if self.form == "bit" and self.width % self.groups:
@@ -133,7 +134,7 @@ class ResNet(nn.Module):
 
     def residuals(self) -> Iterator[tuple[str, Residual]]:
         """The blocks in order, by name."""
-        for stage, blocks in enumerate(_STAGES[self.depth], 1):
+        for stage, blocks in enumerate(STAGES[self.depth], 1):
             features = self.width * 2 ** (stage - 1) * (4 if self.bottleneck else 1)
             for block in range(1, blocks + 1):
                 stride = 2 if block == 1 and stage > 1 else 1

@@ -83,7 +83,8 @@ class Task:
 
     def init(self, key: Array) -> tuple[Params, Any]:
         """(parameters by part, state). Leaves may be boxed by `nn.with_logical_partitioning`, whose names say how they
-        are laid out; state that changes without a gradient is laid out and saved like parameters."""
+        are laid out; state that changes without a gradient is laid out and saved like parameters. What of it belongs to
+        a part's module, such as batch statistics, is a tree under that part's name: a `Pretrained` brings its own."""
         raise NotImplementedError
 
     def loss(self, params: Params, batch: Batch, context: Context) -> Loss:
@@ -121,6 +122,9 @@ class Task:
     def check_data(self, data: Any) -> None:
         """Raises UserError when the prepared data is not for this task's models."""
 
+    def check_training(self, spec: Spec) -> None:
+        """Raises UserError for what can be measured but not trained, on the mesh in use (`sharding.current()`)."""
+
     def axes(self, spec: Spec) -> dict[str, tuple[str | None, ...]]:
         """Logical axis names of each array of a batch, of data or collected."""
         return {name: ("batch", *(None,) * (s.ndim - 1)) for name, s in spec.items()}
@@ -142,6 +146,11 @@ def mean(values: Float[Array, "..."], weights: Float[Array, "..."] | None = None
     """(sum, weight) of values, for `Loss.metrics`."""
     weights = jnp.ones_like(values) if weights is None else weights
     return jnp.sum(values * weights), jnp.sum(weights)
+
+
+def split(x: Array, count: int) -> Array:
+    """(B, ...) to (count, B / count, ...), every device keeping its own examples."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
 
 def batch_shardings(task: Task, sharding: Sharding, spec: Spec) -> dict[str, NamedSharding]:

@@ -23,12 +23,13 @@ class Classification(Task):
     """Maximum likelihood of a picture's class: -log p(class | picture), in nats.
 
     A batch has `image` (B, H, W, C) of 0 to 255, or `patches`, `coordinates` and `patch_mask` (NaFlex), with `label`
-    (B,) or the classes' probabilities `soft` (B, K), and where they matter `weights` (B,). The state is the model's
-    batch statistics, which are of the whole batch on any mesh, but of each of the `microbatches` where there are more.
+    (B,) or the classes' probabilities `soft` (B, K), and where they matter `weights` (B,). The state, of the part
+    `model`, is its batch statistics, which are of the whole batch on any mesh, but of each of the `microbatches` where
+    there are more.
     """
 
     model: ViT | ResNet | Pretrained = ViT(out=1000)
-    """Its `out` is the number of classes."""
+    """Its `out` is the number of classes; 0 for features alone, which can be measured and not trained."""
     label_smoothing: float = 0.0
     """Share of the probability that training spreads evenly over all classes (Szegedy et al. 2016, section 7)."""
     mix: Mixup | CutMix | None = None
@@ -40,7 +41,8 @@ class Classification(Task):
     def init(self, key):
         with vision.unsplit():
             state = dict(vision.for_init(self.model).init(key, vision.example(self.model)))
-        return {"model": state.pop("params")}, state
+        params = {"model": state.pop("params")}
+        return params, {"model": state} if state else {}
 
     def loss(self, params: Params, batch: Batch, context: Context) -> Loss:
         keys = context.keys() if context.train else None
@@ -59,16 +61,18 @@ class Classification(Task):
     def embed_images(self, params: Params, batch: Batch, state: Any = None) -> Float[Array, "B E"]:
         """The features that the last layer reads, in float32. `state` is the task's, which batch statistics need."""
         x = vision.pixels(batch, self.mean, self.std)
-        return self.model.apply({"params": params["model"], **(state or {})}, x, method="features").astype(jnp.float32)
+        variables = {"params": params["model"], **(state or {}).get("model", {})}
+        return self.model.apply(variables, x, method="features").astype(jnp.float32)
 
     def _logits(self, params, batch, state, keys, train: bool):
         """(logits, new state)."""
-        state = state or {}
+        self._check_head()  # else features would pass for logits
+        state = (state or {}).get("model", {})
         x = vision.pixels(batch, self.mean, self.std)
         logits, new = self.model.apply(
             {"params": params["model"], **state}, x, key=keys, train=train, mutable=list(state) if train else []
         )
-        return logits.astype(jnp.float32), dict(new) if train and state else None
+        return logits.astype(jnp.float32), {"model": dict(new)} if train and state else None
 
     # ---- mixtures ----
 
@@ -86,11 +90,9 @@ class Classification(Task):
     def check(self, spec):
         self.model.check()
         vision.check(spec, self.model, self.mean, self.std, "task.model")
-        if self.model.out < 1:
-            raise UserError("task.model.out is 0, which should be the number of classes.")
         if "label" not in spec and "soft" not in spec:
             raise UserError(f"The data has {', '.join(spec)}, and the task needs label (or soft).")
-        if "soft" in spec and spec["soft"].shape[1] != self.model.out:
+        if "soft" in spec and spec["soft"].shape[1] != self.model.out > 0:
             raise UserError(
                 f"The data has {spec['soft'].shape[1]} classes and task.model.out is {self.model.out}; "
                 "they should be the same."
@@ -100,9 +102,16 @@ class Classification(Task):
         if self.mix is not None and not {"image", "label"} <= set(spec):
             raise UserError(f"task.mix needs image and label, and the data has {', '.join(spec)}.")
 
+    def check_training(self, spec):
+        self._check_head()
+
+    def _check_head(self):
+        if self.model.out < 1:
+            raise UserError("task.model.out is 0, which should be the number of classes: the model gives features.")
+
     def check_data(self, data):
         classes = getattr(data, "classes", ())
-        if len(classes) > self.model.out:
+        if len(classes) > self.model.out > 0:
             raise UserError(
                 f"The data has {len(classes)} classes and task.model.out is {self.model.out}; "
                 "it should be at least as many."

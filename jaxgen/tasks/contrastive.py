@@ -18,7 +18,7 @@ from jaxgen.nn.attention import Mask
 from jaxgen.nn.contrastive import sigmoid_loss, softmax_loss
 from jaxgen.pretrained import Pretrained
 from jaxgen.tasks import vision
-from jaxgen.tasks.base import Batch, Context, Loss, Params, Task
+from jaxgen.tasks.base import Batch, Context, Loss, Params, Player, Task, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Contrastive(Task):
 
     A batch has `image` (B, H, W, C) of 0 to 255, or `patches`, `coordinates` and `patch_mask` (NaFlex), with `tokens`
     (B, L) and `lengths` (B,), and where they matter `weights` (B,); examples of weight 0 are no negatives either.
-    Parameters, by part `image`, `text` and `temperature`, are those of `CLIP`. A tower stays locked (LiT, Zhai et al.
-    2022) by `optimizer.freeze=("^image/",)`; the picture's `patch_dropout` masks patches (FLIP, Li et al. 2022).
+    Parameters, by part `image`, `text` and `temperature`, are those of `CLIP`, and state its statistics. The
+    picture's `patch_dropout` masks patches (FLIP, Li et al. 2022).
     """
 
     image: ViT | ResNet | Pretrained = ViT(out=512)
@@ -45,6 +45,9 @@ class Contrastive(Task):
     mean: tuple[float, ...] = (0.5,)
     """Subtracted from pixels between 0 and 1, which are then divided by `std`: one for each channel, or one for all."""
     std: tuple[float, ...] = (0.5,)
+    locked: tuple[Literal["image", "text"], ...] = ()
+    """Towers that stay as they are and run as in evaluation (LiT, Zhai et al. 2022): neither parameters nor batch
+    statistics move. `optimizer.freeze=("^image/",)` holds the parameters alone."""
 
     whole_batch: ClassVar[str] = (
         "examples of a batch are each other's negatives; task.embed_chunk runs the towers over a part at a time and "
@@ -60,7 +63,11 @@ class Contrastive(Task):
         tokens, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
         with vision.unsplit():
             state = dict(model.init(key, vision.example(self.image), tokens, lengths))
-        return state.pop("params"), state
+        return state.pop("params"), vision.turned(state)
+
+    def players(self):
+        moved = tuple(part for part in ("image", "text", "temperature") if part not in self.locked)
+        return (Player("model", self.loss, moved if self.locked else None),)
 
     def loss(self, params: Params, batch: Batch, context: Context) -> Loss:
         weights = batch.get("weights")
@@ -88,20 +95,20 @@ class Contrastive(Task):
 
     def _images(self, params, batch, state, keys, train: bool):
         """(unit vectors, new state)."""
-        state = state or {}
+        state, moves = vision.turned(state or {}), train and "image" not in self.locked
 
         def embed(batch, keys):
             x = vision.pixels(batch, self.mean, self.std)
-            variables, changes = {"params": params, **state}, list(state) if train else []
-            return self.model.apply(variables, x, keys, train, method="embed_image", mutable=changes)
+            variables, changes = {"params": params, **state}, list(state) if moves else []
+            return self.model.apply(variables, x, keys, moves, method="embed_image", mutable=changes)
 
         inputs = {k: batch[k] for k in vision.NAMES if k in batch}
         if not train:
             return embed(inputs, None)[0], None
-        if state:
+        if moves and state:
             found, new = embed(inputs, keys)
-            return found, dict(new)
-        return self._in_parts(lambda part: embed(*part)[0], (inputs, keys)), None
+            return found, vision.turned(new)
+        return self._in_parts(lambda part: embed(*part)[0], (inputs, keys if moves else None)), None
 
     def _texts(self, params, batch, train: bool):
         def embed(part):
@@ -115,14 +122,8 @@ class Contrastive(Task):
         size = jax.tree.leaves(inputs)[0].shape[0]
         if not self.embed_chunk or self.embed_chunk >= size:
             return embed(inputs)
-        scope = sharding.current()
-        shards = 1 if scope is None else scope.parts("batch")[0]
-        if self.embed_chunk % shards:
-            raise UserError(
-                f"task.embed_chunk = {self.embed_chunk} cannot be divided over the {shards} shards of the batch that "
-                "the mesh makes."
-            )
-        parts = jax.tree.map(lambda x: vision.split(x, size // self.embed_chunk), inputs)
+        self._check_shards(size)
+        parts = jax.tree.map(lambda x: split(x, size // self.embed_chunk), inputs)
         found = jax.lax.map(jax.checkpoint(embed, prevent_cse=False), parts)
         return jnp.moveaxis(found, 0, 1).reshape(size, -1)
 
@@ -142,12 +143,27 @@ class Contrastive(Task):
                 f"Captions of {length} tokens (data.length) do not fit the text tower: task.text.max_length is "
                 f"{self.text.max_length}."
             )
+        for name in self.locked:
+            if name not in ("image", "text"):
+                raise UserError(f"task.locked names towers, 'image' and 'text', and '{name}' is none.")
         if self.embed_chunk and size % self.embed_chunk and self.embed_chunk < size:
             raise UserError(f"task.embed_chunk = {self.embed_chunk} does not divide batch_size = {size}.")
-        if self.embed_chunk and jax.eval_shape(self.init, jax.random.key(0))[1]:
+        if self.embed_chunk and "image" not in self.locked and jax.eval_shape(self.init, jax.random.key(0))[1]:
             raise UserError(
-                "task.embed_chunk needs an image tower without statistics of the whole batch: a ViT, or "
-                'a ResNet of the form "bit".'
+                "task.embed_chunk needs an image tower without statistics of the whole batch: a ViT, a "
+                'ResNet of the form "bit", or a locked one.'
+            )
+
+    def check_training(self, spec):
+        self._check_shards(spec["tokens"].shape[0])
+
+    def _check_shards(self, size: int) -> None:
+        scope = sharding.current()
+        shards = 1 if scope is None else scope.parts("batch")[0]
+        if self.embed_chunk < size and self.embed_chunk % shards:
+            raise UserError(
+                f"task.embed_chunk = {self.embed_chunk} cannot be divided over the {shards} shards of the batch that "
+                "the mesh makes."
             )
 
     def check_data(self, data):

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -52,6 +53,13 @@ def for_init(model: nn.Module) -> nn.Module:
     return model.clone(kernel="xla") if hasattr(model, "kernel") else model
 
 
+def turned(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree whose two outermost levels are exchanged: a model's variables by collection and part ("batch_stats",
+    "image") from state by part and collection, or the other way round."""
+    names = dict.fromkeys(name for inner in tree.values() for name in inner)
+    return {name: {outer: inner[name] for outer, inner in tree.items() if name in inner} for name in names}
+
+
 @contextlib.contextmanager
 def unsplit() -> Iterator[None]:
     """One device, whatever the mesh, for what is traced inside: initialisation makes parameters of one example, whose
@@ -67,6 +75,13 @@ def check(spec: Spec, model: nn.Module, mean: tuple[float, ...], std: tuple[floa
         raise UserError(f"The data has {', '.join(spec)}, and the task needs image (or patches).")
     if "patches" in spec and not hasattr(model, "patches"):
         raise UserError(f"The data gives patches, which {where}, a {type(model).__name__}, does not take; a ViT does.")
+    if "patches" in spec and hasattr(model, "patch"):
+        pixels, wanted = spec["patches"].shape[-1], model.patch**2 * model.channels
+        if pixels != wanted:
+            raise UserError(
+                f"The data's patches have {pixels} numbers each, and {where} takes {wanted}: {model.channels} channels "
+                f"of {model.patch} x {model.patch} pixels ({where}.patch; data.patch should be the same)."
+            )
     channels = spec["image"].shape[-1] if "image" in spec else getattr(model, "channels", 3)
     if getattr(model, "channels", channels) != channels:
         raise UserError(f"The data's pictures have {channels} channels and {where}.channels is {model.channels}.")
@@ -78,11 +93,6 @@ def check(spec: Spec, model: nn.Module, mean: tuple[float, ...], std: tuple[floa
             )
     if min(std) <= 0:
         raise UserError(f"task.std is above 0, not {min(std)}.")
-
-
-def split(x: jax.Array, count: int) -> jax.Array:
-    """(B, ...) to (count, B / count, ...), every device keeping its own examples."""
-    return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
 
 
 def picture_attention(model: nn.Module, spec: Spec) -> tuple[nn.Module, int, Mask] | None:

@@ -116,6 +116,8 @@ def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Sourc
     if new:
         record.check(experiment)  # else it would train, and not be opened afterwards
     program = program_of(experiment)
+    with program.sharding.use():
+        experiment.task.check_training(program.spec)
     console = metering.Console(experiment.steps, experiment.task.units(program.spec)[0], lead)
     program.shapes  # noqa: B018  what does not fit is found before any data is read
     data = experiment.data.prepare(progress=console.prepare)
@@ -123,7 +125,7 @@ def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Sourc
     setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed)
     measures = [(e, e.build(setting)) for e in experiment.evaluations]
     for source in pretrained if new else ():
-        _origin(source)  # a mistake in it leaves no run behind
+        _origin(program, source)  # a mistake in it leaves no run behind
 
     for change in _enter(directory, experiment, data, pretrained, held):
         console.say(f"{directory} goes on with another {change}")
@@ -295,13 +297,15 @@ def _begin(
     state, origins = program.init(experiment.seed), {}
     for source in pretrained:
         part = source.path.removeprefix("task.").split(".")[0]
-        weights, origins[source.path] = _read_pretrained(program, source, part)
+        weights, own, origins[source.path] = _read_pretrained(program, source, part)
 
         def fill(tree, part=part, weights=weights):
             kept = jax.tree.map(lambda old, new: None if old is None else new, tree[part], weights, is_leaf=_none)
             return {**tree, part: kept}
 
         state = state.replace(params=fill(state.params), frozen=fill(state.frozen))
+        if own is not None:
+            state = state.replace(state={**state.state, part: own})
     if pretrained and program.ema is not None:
         state = state.replace(ema=jax.jit(program.ema.init, out_shardings=program.shardings.ema)(state.params))
     if jax.tree.leaves(state.frozen):
@@ -313,26 +317,42 @@ def _none(x: Any) -> bool:
     return x is None
 
 
-def _origin(source: Source) -> tuple[Checkpoints, Any, str]:
-    """Where the weights of a source are: its checkpoints, the step, and the tree (ema/PART or params/PART) in it."""
+def _origin(program: Program, source: Source) -> tuple[Checkpoints, Any, str, str]:
+    """Where the weights of a source are: its checkpoints, the step, the tree in it (ema/PART or params/PART), and that
+    of the part's state; empty where it has none."""
     wanted = source.pretrained
     data = record.stored(source.directory).experiment["checkpoint"]
     policy = record.from_record(data, path="experiment.checkpoint")  # says what best means
     reader = Checkpoints(Path(source.directory) / "checkpoints", policy, read_only=True)
     theirs = wanted.part.removeprefix("task.").split(".")[0]
     step = wanted.step if wanted.step in ("latest", "best") else int(wanted.step)
-    kept = any(name.startswith(f"ema/{theirs}/") for name in reader.contents(step))
-    return reader, step, f"{'ema' if wanted.weights == 'ema' and kept else 'params'}/{theirs}"
+    contents = reader.contents(step)
+    averaged, moved = (any(name.startswith(f"{kind}/{theirs}/") for name in contents) for kind in ("ema", "state"))
+    state, part = program.shapes.state, source.path.removeprefix("task.").split(".")[0]
+    wants = isinstance(state, dict) and part in state
+    if moved and not wants:
+        raise UserError(
+            f"{wanted.source} keeps state of {wanted.part}, such as batch statistics, and the task keeps none of "
+            f"{source.path}."
+        )
+    if wants and not moved:
+        raise UserError(
+            f"The task keeps state of {source.path}, such as batch statistics, and {wanted.source} keeps none of "
+            f"{wanted.part}."
+        )
+    tree = f"{'ema' if wanted.weights == 'ema' and averaged else 'params'}/{theirs}"
+    return reader, step, tree, f"state/{theirs}" if moved else ""
 
 
-def _read_pretrained(program: Program, source: Source, part: str) -> tuple[Any, dict[str, Any]]:
-    """The weights of a source's part, streamed into this run's layout, and what names them."""
+def _read_pretrained(program: Program, source: Source, part: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The weights of a source's part, streamed into this run's layout, its state or None, and what names them."""
     target = merge(program.shapes.params, program.shapes.frozen)[part]
-    reader, step, tree = _origin(source)
+    reader, step, tree, kept = _origin(program, source)
     step, weights = reader.restore(target, step, part=tree, cast=True)
+    own = reader.restore(program.shapes.state[part], step, part=kept, cast=True)[1] if kept else None
     kind = tree.partition("/")[0]
     origin = {"source": str(source.directory), "step": step, "weights": kind, "checksum": reader.checksum(step)}
-    return weights, origin
+    return weights, own, origin
 
 
 # ---- evaluation ----

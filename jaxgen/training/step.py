@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jaxgen.errors import UserError
 from jaxgen.sharding import Sharding, names_of, unbox
-from jaxgen.tasks.base import Batch, Context, Loss, Player, Spec, Task, batch_shardings
+from jaxgen.tasks.base import Batch, Context, Loss, Player, Spec, Task, batch_shardings, split
 from jaxgen.training import parameters
 from jaxgen.training.ema import Ema
 from jaxgen.training.optimizers import Optimizer, global_norm, state_axes, updates
@@ -278,9 +278,6 @@ class Program:
             grads, loss = gradient(trainable, batch, index, 0, train_state.state)
             return loss, grads
 
-        def split(x):  # (B, ...) -> (count, B / count, ...), every device keeping its own examples
-            return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
-
         def body(carry, part):
             total, grads = carry
             new_grads, loss = gradient(trainable, *part, total.state)
@@ -288,7 +285,8 @@ class Program:
             total = Loss(total.sum + loss.sum, total.weight + loss.weight, loss.state, add(total.metrics, loss.metrics))
             return (total, add(grads, new_grads)), None
 
-        parts = (jax.tree.map(split, dict(batch)), split(index), jnp.arange(count))
+        examples, index = jax.tree.map(lambda x: split(x, count), (dict(batch), index))
+        parts = (examples, index, jnp.arange(count))
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(lambda: gradient(trainable, *first, train_state.state))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

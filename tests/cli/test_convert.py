@@ -1,5 +1,6 @@
 """`jaxgen import` and `jaxgen export`: another project's model in, used as a run is, and out again."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 
 from jaxgen.cli.main import main
 from jaxgen.data.scenes import Scenes
+from jaxgen.data.transforms import CenterCrop, Resize
+from jaxgen.errors import UserError
 from jaxgen.experiment import Experiment, train
-from jaxgen.interop.safetensors import Tensors
+from jaxgen.interop.safetensors import Lazy, Tensors, write
 from jaxgen.models.text import TextTower
 from jaxgen.models.vit import ViT
 from jaxgen.pretrained import Pretrained
-from jaxgen.record import stored
+from jaxgen.record import from_record, stored
 from jaxgen.tasks.contrastive import Contrastive
 from jaxgen.training.checkpoint import Checkpoints
 from jaxgen.training.leaves import named
@@ -100,6 +103,48 @@ def test_search_in_an_imported_model(imported, tmp_path, capsys, monkeypatch):
     assert len(results) == 3 and len({r["similarity"] for r in results}) == 3
 
 
+def test_without_a_tokenizer_no_text_is_read(tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (30, 40)).save(tmp_path / "a.png")
+    assert jaxgen("import", GOLDEN / "clip", tmp_path / "run", "--tokenizer", "none") == 0
+    told = refused(capsys, "search", tmp_path / "run", "--images", tmp_path, "--query", "a red cat")
+    assert "the model has no tokenizer" in told and "import it again with --tokenizer PATH" in told
+    data = from_record(stored(tmp_path / "run").experiment["data"])
+    with pytest.raises(UserError, match="the model has no tokenizer"):
+        dataclasses.replace(data, path=str(tmp_path)).tokenizer.fit(())
+
+
+def said_of_pictures(folder, **told) -> Path:
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_how_pictures_are_fitted(tmp_path):
+    """As microsoft/resnet-50 and google/vit-base-patch16-224 say it, and in and out again."""
+    resnet = said_of_pictures(shutil.copytree(GOLDEN / "resnet18", tmp_path / "resnet"), size=224, crop_pct=0.875,
+                              resample=2, do_resize=True, feature_extractor_type="ConvNextFeatureExtractor")
+    assert jaxgen("import", resnet, tmp_path / "m") == 0
+    fit = (Resize(256, "shortest", "bilinear"), CenterCrop(224))
+    data = from_record(stored(tmp_path / "m").experiment["data"])
+    assert (data.size, data.fit) == (224, fit)
+    assert jaxgen("export", tmp_path / "m", tmp_path / "out") == 0
+    told = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (told["size"], told["crop_size"]["height"], told["resample"]) == ({"shortest_edge": 256}, 224, 2)
+    assert jaxgen("import", tmp_path / "out", tmp_path / "again") == 0
+    assert from_record(stored(tmp_path / "again").experiment["data"]).fit == fit
+    vit = said_of_pictures(shutil.copytree(GOLDEN / "vit", tmp_path / "vit"), size=224, resample=2)
+    assert jaxgen("import", vit, tmp_path / "v") == 0
+    fitted = from_record(stored(tmp_path / "v").experiment["data"]).fit
+    assert [(f.mode, f.filter) for f in fitted] == [("exact", "bilinear")]
+
+
+def test_patches_are_cut_bilinearly(imported, tmp_path):
+    for name, resample in (("siglip2", 2), ("siglip", 3)):
+        assert jaxgen("export", imported(name), tmp_path / name) == 0
+        assert json.loads((tmp_path / name / "preprocessor_config.json").read_text())["resample"] == resample
+
+
 def test_a_tower_stands_in_another_experiment(imported, tmp_path):
     source = imported("clip")
     task = Contrastive(Pretrained(str(source), part="task.image"), TextTower(
@@ -115,6 +160,52 @@ def test_a_tower_stands_in_another_experiment(imported, tmp_path):
     np.testing.assert_array_equal(frozen["class_token"], wanted["vision_model.embeddings.class_embedding"])
     np.testing.assert_array_equal(frozen["final_norm/scale"], wanted["vision_model.post_layernorm.weight"])
     assert len(frozen) == len(target)
+
+
+class Forgetful(Contrastive):
+    """Keeps no state."""
+
+    def init(self, key):
+        return super().init(key)[0], {}
+
+
+def test_a_tower_brings_its_batch_statistics(imported, tmp_path):
+    """As another part than it was; locked, they stay what they were."""
+    image = Pretrained(str(imported("resnet18")))
+    text = TextTower(vocab_size=128, width=16, depth=1, heads=2, max_length=SCENES.length, out=5)
+    wanted = Tensors(GOLDEN / "resnet18")
+
+    def statistics(name, task):
+        state = train(Experiment(name, task, SCENES, AdamW(), 8, 1), run_dir=tmp_path / name).state
+        return state, state.state["image"]["batch_stats"]["stem_norm"]
+
+    state, found = statistics("lit", Contrastive(image, text, locked=("image",)))
+    np.testing.assert_array_equal(found["mean"], wanted["resnet.embedder.embedder.normalization.running_mean"])
+    np.testing.assert_array_equal(found["var"], wanted["resnet.embedder.embedder.normalization.running_var"])
+    assert jax.tree.leaves(state.params["image"]) == []
+    _, moved = statistics("tuned", Contrastive(image, text))
+    assert np.abs(moved["mean"] - found["mean"]).max() > 0
+    again = Contrastive(Pretrained(str(tmp_path / "tuned"), part="task.image"), text, locked=("image",))
+    np.testing.assert_array_equal(statistics("again", again)[1]["mean"], moved["mean"])
+
+    with pytest.raises(UserError, match="keeps state of task.model, such as batch statistics, and the task keeps none"):
+        statistics("forgetful", Forgetful(image, text))
+    assert not (tmp_path / "forgetful").exists()
+
+
+def test_a_model_without_classes_gives_features(imported, tmp_path, capsys):
+    """It is imported and measured, and not trained."""
+    bare = shutil.copytree(GOLDEN / "resnet18", tmp_path / "bare")
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"architectures": ["ResNetModel"]}))
+    tensors = {k.removeprefix("resnet."): v for k, v in Tensors(GOLDEN / "resnet18").items() if "resnet." in k}
+    write(bare, {name: Lazy(v.shape, v.dtype, lambda v=v: v) for name, v in tensors.items()})
+    assert jaxgen("import", bare, tmp_path / "model") == 0
+    experiment = from_record(stored(tmp_path / "model").experiment)
+    assert experiment.task.model.out == 0 and experiment.evaluations == ()
+    with pytest.raises(UserError, match="task.model.out is 0, which should be the number of classes"):
+        train(experiment, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_mistakes_of_import(tmp_path, capsys):

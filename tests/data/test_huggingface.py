@@ -71,6 +71,30 @@ def test_siglip_cleans_up():
     assert tokenizer.decode(same) == "a red cats"
 
 
+def test_open_clip_says_what_is_cleaned(tmp_path):
+    """Whatever class transformers knows the tokenizer as; the model's folder may be another."""
+    folder, model = tmp_path / "tokenizer", tmp_path / "model"
+    shutil.copytree(GOLDEN / "tokenizer_siglip", folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "eos_token": "</s>"}')
+    assert not isinstance(read(folder), CaptionTokenizer)
+    model.mkdir()
+
+    def cleaned(clean, folder):
+        told = {"model_cfg": {"text_cfg": {"tokenizer_kwargs": {"clean": clean}}}}
+        (folder / "open_clip_config.json").write_text(json.dumps(told))
+
+    cleaned("canonicalize", model)
+    tokenizer = read(folder, model)
+    assert tokenizer.lower and tokenizer.plain
+    for text in ("A Red_CAT.", " a  red cat"):
+        np.testing.assert_array_equal(tokenizer.encode(text), tokenizer.inner.encode("a red cat"))
+    tokenizer.save(tmp_path / "saved")
+    assert load(tmp_path / "saved") == tokenizer
+    cleaned("lower", folder)
+    tokenizer = read(folder, model)
+    assert tokenizer.lower and not tokenizer.plain and not tokenizer.apart
+
+
 def test_padding_goes_when_the_file_asks_for_it(tmp_path):
     """A file may say that rows are padded and cut: here rows are made elsewhere."""
     pytest.importorskip("tokenizers")

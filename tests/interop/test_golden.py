@@ -10,7 +10,7 @@ import pytest
 
 from jaxgen.errors import UserError
 from jaxgen.interop.families import find, format_for
-from jaxgen.interop.formats import written
+from jaxgen.interop.formats import HALF, Pictures, preprocessed, timm_pictures, written
 from jaxgen.interop.names import flat
 from jaxgen.interop.safetensors import Tensors, write
 from jaxgen.models.resnet import ResNet
@@ -83,6 +83,33 @@ def test_the_names_of_torchvision(tmp_path):
     assert found.module == ResNet(50, out=5)
     target = flat(unbox(found.boxed))
     found.format.names(found.module).expand(target).check(found.tensors, "it")
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ({"size": 224, "crop_pct": 0.875, "resample": 3}, (True, 256, "bicubic")),
+        ({"size": {"shortest_edge": 224}, "image_processor_type": "ConvNextImageProcessor", "resample": 2},
+         (True, 256, "bilinear")),
+        ({"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 224}, (True, 256, "bicubic")),
+        ({"size": 224, "do_center_crop": True, "crop_size": 224, "resample": 1}, (True, 0, "lanczos")),
+        ({"size": {"height": 224, "width": 224}, "resample": 2}, (False, 0, "bilinear")),
+        ({}, (True, 0, "bicubic")),
+    ],
+)  # fmt: skip
+def test_what_a_preprocessor_says(told, shown):
+    found = preprocessed({"preprocessor": told}, 224, *HALF)
+    assert (found.crop, found.resize, found.filter) == shown
+
+
+def test_what_timm_says_of_pictures():
+    found = timm_pictures({"crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.1] * 3}, 224, *HALF)
+    assert (found.resize, found.filter, found.crop, found.mean) == (248, "bilinear", True, (0.1, 0.1, 0.1))
+    assert timm_pictures({"crop_pct": 1.0, "crop_mode": "squash"}, 224, *HALF) == Pictures(224, crop=False)
+    with pytest.raises(UserError, match="interpolation = 'random' are not imported, only by"):
+        timm_pictures({"interpolation": "random"}, 224, *HALF)
+    with pytest.raises(UserError, match="resample = 4 are not imported, only by 0 .nearest."):
+        preprocessed({"preprocessor": {"resample": 4}}, 224, *HALF)
 
 
 @pytest.mark.parametrize("name", ["clip", "resnet50"])

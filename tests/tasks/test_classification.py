@@ -126,7 +126,7 @@ def test_batch_statistics_are_the_whole_batchs():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *trees)
 
     params, state = start(task)
-    new = jit(task.loss)(params, batch_of(), context(True, state)).state["batch_stats"]["BatchNorm_0"]
+    new = jit(task.loss)(params, batch_of(), context(True, state)).state["model"]["batch_stats"]["BatchNorm_0"]
     dense = params["model"]["Dense_0"]
     pixels = (batch_of()["image"] / 127.5 - 1).reshape(B, -1)
     hidden = pixels @ np.asarray(dense["kernel"], np.float64) + np.asarray(dense["bias"], np.float64)
@@ -151,7 +151,7 @@ def test_resnet():
     """Its statistics are the state, and colour and grey pictures are taken."""
     model = ResNet(depth=18, width=8, out=K, small=True, channels=1)
     for task, names in (
-        (Classification(model), {"batch_stats"}),
+        (Classification(model), {"model"}),
         (Classification(model.clone(form="bit", groups=4, channels=3)), set()),
     ):
         batch = batch_of(task.model.channels)
@@ -250,7 +250,6 @@ def test_trains_on_mixtures():
     ("changes", "names", "message"),
     [
         ({"label_smoothing": 1.0}, (), "task.label_smoothing is at least 0 and below 1, not 1.0."),
-        ({"model": TASK.model.clone(out=0)}, (), "task.model.out is 0, which should be the number of classes."),
         ({"model": TASK.model.clone(channels=3)}, (), "pictures have 1 channels and task.model.channels is 3."),
         ({"mean": (0.1, 0.2, 0.3)}, (), "task.mean has 3 numbers, which should be 1: the pictures have 1 channel."),
         ({}, ("label",), "The data has image, and the task needs label (or soft)."),
@@ -262,6 +261,23 @@ def test_what_does_not_fit(changes, names, message):
     with pytest.raises(UserError) as caught:
         dataclasses.replace(TASK, **changes).check(spec)
     assert message in str(caught.value)
+
+
+def test_features_alone():
+    """A model without a head is measured on its features; it has no loss and no logits."""
+    task = dataclasses.replace(TASK, model=TASK.model.clone(out=0))
+    task.check(spec_of(batch_of()))
+    task.check_data(SimpleNamespace(classes=tuple("abcde")))
+    params, _ = jax.eval_shape(lambda key: unbox(task.init(key)), jax.random.key(0))
+    assert jax.eval_shape(task.embed_images, params, spec_of(batch_of())).shape == (B, 16)
+    TASK.check_training(spec_of(batch_of()))
+    for refused in (
+        lambda: task.check_training(spec_of(batch_of())),
+        lambda: jax.eval_shape(task.logits, params, {}, spec_of(batch_of())),
+        lambda: jax.eval_shape(task.loss, params, spec_of(batch_of()), context(True)),
+    ):
+        with pytest.raises(UserError, match="task.model.out is 0, which should be the number of classes"):
+            refused()
 
 
 def test_what_else_does_not_fit():

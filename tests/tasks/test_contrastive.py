@@ -236,9 +236,13 @@ def test_trains():
     assert metrics["accuracy"] == 1 and metrics["loss"] < 0.2
 
 
-def test_a_locked_tower():
+LOCKED = dataclasses.replace(TASK, locked=("image",))
+
+
+@pytest.mark.parametrize(("task", "freeze"), [(TASK, ("^image/",)), (LOCKED, ())], ids=["frozen", "locked"])
+def test_a_locked_tower(task, freeze):
     """LiT: the tower has no optimizer state and no gradient, and stays what it was."""
-    p = program(TASK, optimizer=AdamW(learning_rate=1e-2, schedule=Constant(), freeze=("^image/",)))
+    p = program(task, optimizer=AdamW(learning_rate=1e-2, schedule=Constant(), freeze=freeze))
     begin = jax.device_get(p.init(0))
     state, _ = p.step(jax.device_put(begin, p.shardings), jax.device_put(batch_of(), p.batch_shardings))
     state = jax.device_get(state)
@@ -247,6 +251,8 @@ def test_a_locked_tower():
     jax.tree.map(np.testing.assert_array_equal, state.frozen["image"], begin.frozen["image"])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, begin.params)
     assert moved["text"]["head"]["kernel"] > 1e-3 and moved["temperature"]["scale"] > 1e-3
+    if not freeze:
+        return  # it sees all patches, which costs more
 
     def flops(program):
         return program.lower().cost_analysis()["flops"]
@@ -256,6 +262,15 @@ def test_a_locked_tower():
 
 
 # ---- batch statistics ----
+
+
+def test_a_locked_tower_runs_as_in_evaluation():
+    """All patches are seen, and the embeddings are those of measuring, in parts too."""
+    params, batch = params_of(TASK), batch_of()
+    expected = jit(TASK.embed_images)(params, batch)
+    for task in (LOCKED, dataclasses.replace(LOCKED, embed_chunk=4)):
+        found = jit(lambda b, c, t=task: t._images(params, b, {}, c.keys(), c.train)[0])(batch, context(True))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 class Normed(nn.Module):
@@ -283,7 +298,7 @@ def test_batch_statistics_are_the_whole_batchs():
     dense = params_of(task)["image"]["Dense_0"]
     pixels = (batch_of()["image"] / 255 - np.array(task.mean)) / np.array(task.std)
     hidden = pixels.reshape(B, -1) @ np.asarray(dense["kernel"], np.float64) + np.asarray(dense["bias"])
-    found = state["batch_stats"]["image"]["BatchNorm_0"]
+    found = state["image"]["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(found["mean"], 0.1 * hidden.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found["var"], 0.9 + 0.1 * hidden.var(0), rtol=1e-4)
 
@@ -295,6 +310,15 @@ def test_batch_statistics_are_the_whole_batchs():
         dataclasses.replace(task, embed_chunk=4).check(spec_of(batch_of()))
 
 
+def test_a_locked_tower_keeps_its_statistics():
+    task = dataclasses.replace(TASK, image=Normed(), locked=("image",), embed_chunk=4)
+    p = program(task)
+    begin = jax.device_get(p.init(0))
+    state, metrics = p.step(jax.device_put(begin, p.shardings), jax.device_put(batch_of(), p.batch_shardings))
+    assert np.isfinite(metrics["loss"]) and begin.state["image"]["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.state), begin.state)
+
+
 # ---- what is said and refused ----
 
 
@@ -304,6 +328,7 @@ def test_batch_statistics_are_the_whole_batchs():
         ({"objective": "sigmiod"}, (), "task.objective is 'softmax' or 'sigmoid', not 'sigmiod'."),
         ({"embed_chunk": 5}, (), "task.embed_chunk = 5 does not divide batch_size = 16."),
         ({"chunk": -1}, (), "task.chunk is 0 or more, not -1."),
+        ({"locked": ("picture",)}, (), "task.locked names towers, 'image' and 'text', and 'picture' is none."),
         ({"mean": (0.1, 0.2)}, (), "task.mean has 2 numbers, which should be 1 or 3: the pictures have 3 channels."),
         ({"std": (0.0,)}, (), "task.std is above 0, not 0.0."),
         ({"image": TASK.image.clone(channels=1)}, (), "pictures have 3 channels and task.image.channels is 1."),
@@ -320,17 +345,36 @@ def test_what_does_not_fit(changes, names, message):
     assert message in str(caught.value)
 
 
+def test_patches_of_another_size():
+    batch = batch_of()
+    spec = {k: v for k, v in spec_of(batch).items() if k != "image"} | {
+        "patches": jax.ShapeDtypeStruct((B, 6, 8 * 8 * 3), jnp.uint8),
+        "coordinates": jax.ShapeDtypeStruct((B, 6, 2), jnp.int32),
+        "patch_mask": jax.ShapeDtypeStruct((B, 6), jnp.bool_),
+    }
+    with pytest.raises(UserError, match="patches have 192 numbers each, and task.image takes 48: 3 channels of 4 x 4"):
+        TASK.check(spec)
+
+
 def test_microbatches_would_cut_the_negatives():
     with pytest.raises(UserError, match="microbatches = 4 cannot be: .*task.embed_chunk"):
         program(TASK, microbatches=4)
 
 
 def test_parts_over_more_devices_than_examples():
-    with pytest.raises(UserError) as caught:
-        program(dataclasses.replace(TASK, embed_chunk=4), Mesh(data=8), 8).lower()
-    assert str(caught.value) == (
-        "task.embed_chunk = 4 cannot be divided over the 8 shards of the batch that the mesh makes."
-    )
+    """Found before the run directory is made; measuring, which takes no parts, is let pass."""
+    p = program(dataclasses.replace(TASK, embed_chunk=4), Mesh(data=8), 8)
+
+    def checked():
+        with p.sharding.use():
+            p.task.check_training(p.spec)
+
+    for refused in (checked, p.lower):
+        with pytest.raises(UserError) as caught:
+            refused()
+        assert str(caught.value) == (
+            "task.embed_chunk = 4 cannot be divided over the 8 shards of the batch that the mesh makes."
+        )
 
 
 def test_says():
