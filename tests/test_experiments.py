@@ -59,6 +59,7 @@ def test_imagenet_is_measured_as_in_the_papers(name):
     np.testing.assert_array_equal(row, np.arange(16, 240))
 
 
+@pytest.mark.experiments
 def test_emoji_is_measured_by_all_that_pictures_and_texts_allow(tmp_path, monkeypatch):
     """Each evaluation of both forms on a small set with the columns of the real one."""
     lines = ["file\tcaption\tconcept\tgroup"]

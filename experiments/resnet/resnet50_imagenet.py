@@ -42,7 +42,7 @@ experiment = Experiment(
 smoke = dataclasses.replace(
     experiment,
     name="resnet50_imagenet-smoke",
-    task=Classification(ResNet(50, width=8, out=24, small=True)),
+    task=Classification(ResNet(18, width=16, out=24, small=True)),
     data=LabelledImages(size=32, augment=(RandomResizedCrop(32, scale=(0.5, 1.0)), Flip()), heldout=0.05),
     optimizer=dataclasses.replace(experiment.optimizer, learning_rate=0.1, schedule=Cosine(warmup=20, final=0.0)),
     batch_size=64,

@@ -145,6 +145,7 @@ def test_patches_are_cut_bilinearly(imported, tmp_path):
         assert json.loads((tmp_path / name / "preprocessor_config.json").read_text())["resample"] == resample
 
 
+@pytest.mark.experiments
 def test_a_tower_stands_in_another_experiment(imported, tmp_path):
     source = imported("clip")
     task = Contrastive(Pretrained(str(source), part="task.image"), TextTower(
@@ -169,6 +170,7 @@ class Forgetful(Contrastive):
         return super().init(key)[0], {}
 
 
+@pytest.mark.experiments
 def test_a_tower_brings_its_batch_statistics(imported, tmp_path):
     """As another part than it was; locked, they stay what they were."""
     image = Pretrained(str(imported("resnet18")))
@@ -240,6 +242,7 @@ def test_mistakes_of_export(imported, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.experiments
 def test_a_run_of_our_own_goes_out(tmp_path, capsys):
     image = ViT(patch=8, width=16, depth=1, heads=2, out=8, image_size=32, pre_norm=True, patch_bias=False,
                 head_bias=False, norm_epsilon=1e-5)  # fmt: skip
