@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -616,6 +616,21 @@ class _KeptLabels(_Kept):
         self.labels.append(self.places.setdefault(value, len(self.places)))
 
 
+def number_labels(labels: Set[int | str], known: tuple[str, ...]) -> tuple[tuple[str, ...], dict[int | str, int]]:
+    """Names of the classes, and the number of each label: numbers stand as they are, names in alphabetical order.
+
+    Args:
+      known: names of the numbers 0, 1, ..., where the source has them.
+    """
+    if all(isinstance(label, int) or label.isdecimal() for label in labels):
+        top = max(map(int, labels))
+        classes = known if len(known) > top else tuple(map(str, range(top + 1)))
+        return classes, {label: int(label) for label in labels}
+    classes = tuple(sorted(map(str, labels)))
+    number = {name: k for k, name in enumerate(classes)}
+    return classes, {label: number[str(label)] for label in labels}
+
+
 @dataclasses.dataclass(frozen=True)
 class LabelledImages(Images):
     """Pictures with labels; to the batch of `Images` comes `label`, int32 (B,).
@@ -659,24 +674,15 @@ class LabelledImages(Images):
 
     def _finish(self, kept: dict[str, Any], sources: dict[str, Pictures]) -> dict[str, Any]:
         found = {value for part in kept.values() for value in part.places}
-        numbers = all(isinstance(v, int) or v.isdecimal() for v in found)
         if self.classes:
-            classes = list(self.classes)
-            of = self._named(found)
-        elif numbers:
-            known = sources["train"].classes(self.label)
-            top = max(map(int, found))
-            classes = list(known) if len(known) > top else [str(k) for k in range(top + 1)]
-            of = {value: int(value) for value in found}
+            classes, of = self.classes, self._named(found)
         else:
-            classes = sorted(map(str, found))
-            number = {name: k for k, name in enumerate(classes)}
-            of = {value: number[str(value)] for value in found}
+            classes, of = number_labels(found, sources["train"].classes(self.label))
         if unseen := sorted({of[v] for v in kept["heldout"].places} - {of[v] for v in kept["train"].places}):
             raise UserError(f"the class '{classes[unseen[0]]}' is in the held-out part alone")
         for part in kept.values():
             part.save("labels", np.asarray([of[v] for v in part.places], np.int32)[np.asarray(part.labels, np.int64)])
-        return {"classes": classes}
+        return {"classes": list(classes)}
 
     def _named(self, labels: Iterable[int | str]) -> dict[int | str, int]:
         """The number of each label in `classes`: by name, or as it stands, if none of the names is a number."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from jaxgen.data.imagetext import PARTS, PreparedImageText, PreparedLabelledImages, Reader
+from jaxgen.data.imagetext import PARTS, PreparedImageText, PreparedLabelledImages, Reader, number_labels
 from jaxgen.errors import UserError
 
 
@@ -18,7 +18,8 @@ class Labels(PreparedLabelledImages):
         self.view, self.workers = data.view, data.workers
         readers = {part: data._readers(part, 0) for part in PARTS}
         found = {part: _values(reader, column) for part, reader in readers.items()}
-        self.classes, number = _numbered(found, readers["train"].index.train.classes(column))
+        every = {value for values in found.values() for value in values}
+        self.classes, number = number_labels(every, readers["train"].index.train.classes(column))
         labels = {part: np.array([number[v] for v in values], np.int32) for part, values in found.items()}
 
         def reader(part: str, seed: int) -> _Labelled:
@@ -47,12 +48,3 @@ def _values(reader: Reader, column: str) -> list[str]:
                             f"{', '.join(row.columns)}")
         found.append(str(value))
     return found
-
-
-def _numbered(found: dict[str, list[str]], known: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Names of the classes, and the number of each value: numbers stand for themselves. `known` are names of those."""
-    values = sorted({value for part in found.values() for value in part})
-    if not all(value.isdecimal() for value in values):
-        return tuple(values), {value: k for k, value in enumerate(values)}
-    top = max(map(int, values))
-    return known if len(known) > top else tuple(map(str, range(top + 1))), {value: int(value) for value in values}
