@@ -72,6 +72,7 @@ def run(argv: Sequence[str]) -> int:
 def _keep(folder: Path, told: dict[str, Any], images: dict[str, Any]) -> Path | None:
     """Writes what was found, with its pictures, whose paths go into `told`; where, or None for a folder that cannot be
     written. Measurements of other data, or with other settings, have files of their own."""
+    from jaxgen.data.sheets import png
     from jaxgen.files import write_whole
 
     name = f"{told['step']:08d}-{told['weights']}"
@@ -81,8 +82,6 @@ def _keep(folder: Path, told: dict[str, Any], images: dict[str, Any]) -> Path | 
     try:
         folder.mkdir(exist_ok=True)
         for key, image in images.items():
-            from jaxgen.data.sheets import png
-
             write_whole(folder / f"{name}-{key}.png", png(image))
             told["images"][key] = str(folder / f"{name}-{key}.png")
         write_whole(folder / f"{name}.json", json.dumps(told, indent=1) + "\n")
