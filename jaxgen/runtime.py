@@ -39,7 +39,7 @@ def prepare(devices: int | None = None) -> None:
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         _cpu_flags()
         _keep_memory()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / _machine()))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / machine()))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     _quiet()
@@ -93,7 +93,7 @@ def has_tpu() -> bool:
     return False
 
 
-def _machine() -> str:
+def machine() -> str:
     """A name for the kind of this CPU: machines that share a home directory do not share programs compiled for one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -6,9 +6,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from jaxgen.runtime import cache_dir  # noqa: E402
+from jaxgen.runtime import cache_dir, machine  # noqa: E402
 
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla-tests"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla-tests" / machine()))
 
 from jaxtyping import install_import_hook  # noqa: E402
 

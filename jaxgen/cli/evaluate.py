@@ -39,9 +39,10 @@ def run(argv: Sequence[str]) -> int:
     experiment, program = opened.experiment, opened.program
     if not experiment.evaluations:
         raise UserError(f"the experiment of {opened.directory} has no evaluations")
-    data = experiment.data.prepare(progress=Console(1, "", jax.process_index() == 0).prepare)
+    console = Console(1, "", jax.process_index() == 0)
+    data = experiment.data.prepare(progress=console.prepare)
     experiment.task.check_data(data)
-    setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed)
+    setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed, console.skipped)
     metrics, texts, images = {}, {}, {}
     for evaluation in experiment.evaluations:
         report = evaluation.build(setting)(opened.params, opened.state, opened.step)

@@ -23,6 +23,8 @@ class Setting:
     spec: Mapping[str, jax.ShapeDtypeStruct]
     """Shapes of a training batch."""
     seed: int = 0
+    told: Callable[[str, str], None] | None = None
+    """Called with the name of a held-out example that cannot be read, and why."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,11 +50,8 @@ class HeldOut(Evaluation):
                 return losses
 
         def run(params, state, step):
-            parts = [
-                measure(params, state, batch, jnp.int32(i * size))
-                for i, batch in enumerate(heldout_batches(dataset, layout, size))
-            ]
-            parts = jax.device_get(parts)
+            batches = enumerate(heldout_batches(dataset, layout, size, setting.told))
+            parts = list(whole.fetched(measure(params, state, batch, jnp.int32(i * size)) for i, batch in batches))
             sums = {k: tuple(math.fsum(float(p[k][i]) for p in parts) for i in (0, 1)) for k in parts[0]}
             metrics = {k: total / weight for k, (total, weight) in sums.items()}
             if data.heldout_bytes and "loss" in sums:

@@ -194,14 +194,15 @@ def _tally(x, label, real, weight, bias, replicated):
 
 def _scores(model: Linear, examples: Labelled, sharding: Sharding) -> dict[str, Any]:
     """The sums of `calibration.tally` over the examples."""
-    parts = []
-    for features, label, real in _pieces(examples, sharding):
+
+    def tally(features, label, real):
         x = np.where(real[:, None] > 0, (features - model.mean) / model.deviation, 0).astype(np.float32)
-        parts.append(_tally(
+        return _tally(
             whole.place(sharding, x, "batch", None), whole.place(sharding, label, "batch"),
             whole.place(sharding, real, "batch"), model.weight, model.bias, sharding.replicated,
-        ))  # fmt: skip
-    return whole.total(jax.device_get(parts))
+        )  # fmt: skip
+
+    return whole.total(list(whole.fetched(tally(*piece) for piece in _pieces(examples, sharding))))
 
 
 def _pieces(examples: Labelled, sharding: Sharding) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

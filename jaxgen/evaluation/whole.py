@@ -1,6 +1,6 @@
 """Whole data sets through a model on the mesh: what a measurement works on, exact for any batch size and mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -93,14 +93,22 @@ def batches(dataset: Any, setting: Setting, size: int, function: Function) -> Ca
         return jax.lax.with_sharding_constraint(found, sharding.replicated)
 
     def run(params, state, *more):
-        found: list[Any] = []
-        for batch in heldout_batches(dataset, layout, size):
-            found.append(one(params, state, batch, *more))
-            if len(found) > 1:  # one batch is in flight, no more are held on the devices
-                found[-2] = jax.device_get(found[-2])
-        return [jax.device_get(part) for part in found]
+        parts = (one(params, state, batch, *more) for batch in heldout_batches(dataset, layout, size, setting.told))
+        return list(fetched(parts))
 
     return run
+
+
+def fetched(parts: Iterable[Any]) -> Iterator[Any]:
+    """What programs found, on the host, in order. The next program is started before the last is read, and no more:
+    more would hold memory, and tens of them at once block each other on simulated devices."""
+    before = None
+    for i, part in enumerate(parts):
+        if i:
+            yield jax.device_get(before)
+        before = part
+    if before is not None:
+        yield jax.device_get(before)
 
 
 def rows(dataset: Any, setting: Setting, size: int, function: Function) -> Callable[..., dict[str, np.ndarray]]:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from jaxgen.experiment import Experiment, Source
 
 PROFILED = (5, 10)  # steps after the first that a profile covers
-TOLD = 20  # examples that could not be read and are named; the others are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Sourc
     program.shapes  # noqa: B018  what does not fit is found before any data is read
     data = experiment.data.prepare(progress=console.prepare)
     experiment.task.check_data(data)
-    setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed)
+    setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed, console.skipped)
     measures = [(e, e.build(setting)) for e in experiment.evaluations]
     for source in pretrained if new else ():
         _origin(program, source)  # a mistake in it leaves no run behind
@@ -441,7 +440,7 @@ class _Meter:
         self._max_skipped = max_skipped
         self._pending: tuple[int, Any] | None = None
         self._steps, self._time, self._waited = 0, time.perf_counter(), loader.wait_seconds
-        self._first, self._told = True, 0
+        self._first = True
         self.diverged = False
 
     def step(self, step: int, metrics: Any) -> None:
@@ -480,9 +479,8 @@ class _Meter:
             self._console.pace(seconds)
         if skipped := dict(self._loader.skipped):
             numbers["data/skipped"] = len(skipped)
-            for name, reason in list(skipped.items())[self._told : TOLD]:
-                self._console.say(f"skipped {name}: {reason}")
-            self._told = len(skipped)
+            for name, reason in skipped.items():
+                self._console.skipped(name, reason)
         if self._writer is not None:
             self._writer.write(step, numbers)
         self._console.update(step, values, rate, mfu)

@@ -16,6 +16,7 @@ from jaxgen import files
 from jaxgen.errors import UserError
 
 FILE = "metrics.jsonl"  # of a run directory
+NAMED = 20  # examples that could not be read and are named; all are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Console:
         self._steps, self._unit, self._shown = steps, unit, shown
         self._progress: Any = None
         self._printed = self._seconds = 0.0
+        self._skipped: set[str] = set()
         if shown and sys.stderr.isatty():
             from rich.console import Console as Rich
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -121,6 +123,12 @@ class Console:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def skipped(self, name: str, reason: str) -> None:
+        """Names an example that could not be read: each once, and the first ones alone."""
+        if name not in self._skipped and len(self._skipped) < NAMED:
+            self._skipped.add(name)
+            self.say(f"skipped {name}: {reason}")
 
     def prepare(self, stage: str, done: int, total: int) -> None:
         """Progress of what comes before the first step."""

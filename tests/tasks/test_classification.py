@@ -238,6 +238,7 @@ def test_trains_on_mixtures():
     for i in range(60):
         made = task.collect(state, batch, jax.random.fold_in(KEY, i))
         state, metrics = p.step(state, jax.device_put(made, p.collected_shardings))
+        jax.block_until_ready(metrics)  # many programs at once block each other on simulated devices
     params = jax.tree.map(jnp.asarray, jax.device_get(state.params))
     found = jit(TASK.loss)(params, batch_of(), context(False))
     assert found.metrics["accuracy"][0] == B and metrics["loss"] < 1.5

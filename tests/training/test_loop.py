@@ -231,7 +231,7 @@ class Shown(Evaluation):
 
 
 class Unreadable:
-    """Training data of which every third example is told to be unreadable."""
+    """Data of which every third example, and all held-out ones, are told to be unreadable."""
 
     def __init__(self, data):
         self._data = data
@@ -247,6 +247,13 @@ class Unreadable:
 
         return self._data.train(seed).map(read)
 
+    def heldout(self):
+        def read(example):
+            batching.skipped("the held-out ones", "they are damaged", 1.0)
+            return example
+
+        return self._data.heldout().map(read)
+
 
 @dataclasses.dataclass(frozen=True)
 class Damaged(Text):
@@ -256,13 +263,13 @@ class Damaged(Text):
 
 def test_pictures_and_what_could_not_be_read(experiment, tmp_path, capfd):
     data = Damaged(**{f.name: getattr(experiment.data, f.name) for f in dataclasses.fields(experiment.data)})
-    told = dataclasses.replace(
-        experiment, data=data, steps=4, evaluations=(Shown(every=2),), log=Logging(every=2, tensorboard=True)
-    )
+    log, evaluations = Logging(every=2, tensorboard=True), (Shown(every=2), HeldOut(every=2))
+    told = dataclasses.replace(experiment, data=data, steps=4, evaluations=evaluations, log=log)
     found = train(told, tmp_path / "run")
     pictures = sorted((found.directory / "samples").iterdir())
     assert [picture.name for picture in pictures] == ["00000002-shown.png", "00000004-shown.png"]
     assert (np.asarray(Image.open(pictures[1])) == 4).all()
     assert any((found.directory / "tensorboard").iterdir())
     assert found.metrics["data/skipped"] > 3
-    assert ": it is damaged" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert ": it is damaged" in said and said.count("skipped the held-out ones: they are damaged") == 1
