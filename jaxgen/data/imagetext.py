@@ -93,7 +93,7 @@ class View:
         if self.patches:
             return dict(zip(("patches", "coordinates", "patch_mask"), patchify(image, self.patch, self.patches),
                             strict=True))
-        if image.size != (self.size, self.size):
+        if not augment or image.size != (self.size, self.size):
             image = apply(self._fit, image, rng)
         if image.size != (self.size, self.size):
             raise UserError(f"data.fit gives a picture of {image.width} x {image.height} pixels, but data.size is "

@@ -278,8 +278,12 @@ class Checkpoints:
 
     def contents(self, step: Step = "latest", part: str = "") -> dict[str, jax.ShapeDtypeStruct]:
         """Name -> shape and dtype of each leaf of a step below `part`."""
-        return {name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
-                for name, leaf in leaves.below(self.manifest(step).leaves, part).items()}
+        return _shapes(leaves.below(self.manifest(step).leaves, part))
+
+    def contents_once(self, name: str, part: str = "") -> dict[str, jax.ShapeDtypeStruct]:
+        """As `contents`, of what `save_once` saved as `name`; empty where there is none."""
+        folder = self._once(name)
+        return _shapes(leaves.below(manifests.read(folder).leaves, part)) if folder.exists() else {}
 
     def _whole(self) -> dict[int, Manifest]:
         """The manifests of the whole steps, ascending."""
@@ -332,8 +336,8 @@ class Checkpoints:
         """`restore` of the latest whole step; None when there is none, and the run starts from the beginning."""
         return self._restore(target, "latest", "", False)
 
-    def restore_once(self, name: str, target: Any, part: str = "") -> Any:
-        """What `save_once` saved as `name`, verified, in the structure and shardings of `target`.
+    def restore_once(self, name: str, target: Any, part: str = "", cast: bool = False) -> Any:
+        """What `save_once` saved as `name`, verified, in the structure and shardings of `target`; see `restore`.
 
         UserError: it is missing or damaged, or its leaves are not those of `target`.
         """
@@ -343,7 +347,7 @@ class Checkpoints:
             raise UserError(f"There is no '{name}' in {self.directory}.")
         if problem := self._problem(folder, part):
             raise UserError(f"'{name}' in {self.directory} is damaged: {problem}.")
-        return _read(folder, target, part, False)
+        return _read(folder, target, part, cast)
 
     def verify(self, step: int) -> str:
         """What is wrong with a step, read whole; empty when nothing is."""
@@ -396,6 +400,10 @@ class Checkpoints:
 
 
 # Trees
+
+
+def _shapes(saved: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"])) for name, leaf in saved.items()}
 
 
 def _read(folder: epath.Path, target: Any, part: str, cast: bool) -> Any:

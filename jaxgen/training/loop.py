@@ -25,6 +25,7 @@ from jaxgen.data.sheets import png
 from jaxgen.errors import UserError
 from jaxgen.evaluation.base import Evaluation, Measure, Setting
 from jaxgen.sharding import Sharding
+from jaxgen.training import leaves
 from jaxgen.training import metrics as metering
 from jaxgen.training.checkpoint import Checkpoints, reached_preemption
 from jaxgen.training.hardware import peak_flops
@@ -347,7 +348,16 @@ def _read_pretrained(program: Program, source: Source, part: str) -> tuple[Any, 
     """The weights of a source's part, streamed into this run's layout, its state or None, and what names them."""
     target = merge(program.shapes.params, program.shapes.frozen)[part]
     reader, step, tree, kept = _origin(program, source)
-    step, weights = reader.restore(target, step, part=tree, cast=True)
+    theirs = tree.partition("/")[2]
+    cold = {name.removeprefix(f"{theirs}/") for name in reader.contents_once("frozen", theirs)}  # which did not move
+    names = jax.tree.unflatten(jax.tree.structure(target), leaves.named(target))
+
+    def where(frozen: bool):
+        return jax.tree.map(lambda name, leaf: leaf if (name in cold) == frozen else None, names, target)
+
+    step, weights = reader.restore(where(frozen=False), step, part=tree, cast=True)
+    if cold:
+        weights = merge(weights, reader.restore_once("frozen", where(frozen=True), part=theirs, cast=True))
     own = reader.restore(program.shapes.state[part], step, part=kept, cast=True)[1] if kept else None
     kind = tree.partition("/")[0]
     origin = {"source": str(source.directory), "step": step, "weights": kind, "checksum": reader.checksum(step)}

@@ -27,6 +27,7 @@ from jaxgen.training.checkpoint import Checkpointing, Checkpoints
 from jaxgen.training.ema import Ema
 from jaxgen.training.metrics import Logging
 from jaxgen.training.optimizers import AdamW
+from jaxgen.training.parameters import merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +188,18 @@ def test_a_source_without_the_step_leaves_no_run(experiment, done, tmp_path):
     with pytest.raises(UserError, match="There is no step 99"):
         train(tuned, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_a_run_that_froze_some(experiment, tmp_path):
+    """What did not move in the other run comes from where it is kept, and the rest from its step."""
+    short = dataclasses.replace(experiment, steps=2, ema=None, evaluations=())
+    short = dataclasses.replace(short, optimizer=AdamW(1e-2, freeze=("embedding",)))
+    first = train(short, tmp_path / "first")
+    assert jax.tree.leaves(first.state.frozen)
+    tuned = dataclasses.replace(short, task=Breaking(Pretrained(str(first.directory))), optimizer=AdamW(0.0))
+    second = train(tuned, tmp_path / "second")
+    both = merge(first.state.params, first.state.frozen), second.state.params
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, both))
 
 
 def test_damaged_metrics(experiment, copy):
