@@ -65,8 +65,10 @@ def endless(example: Callable[[int], dict[str, np.ndarray]], size: int, seed: in
     """
     import grain
 
+    from jaxgen.data.source import Source
+
     if size < 1 << 16:  # Grain's shuffle takes the longer the smaller the set is, up to half a millisecond an example
-        return grain.MapDataset.source(_Shuffled(example, size, fold(seed)))
+        return Source(_Shuffled(example, size, fold(seed)))
     # Grain's shuffle hands down epoch * size + place; it seeds epoch e with seed + e, so that neighbouring seeds would
     # share epochs but for `fold`.
     return grain.MapDataset.range(size).map_with_index(At(example)).shuffle(fold(seed)).repeat()

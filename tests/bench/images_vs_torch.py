@@ -38,6 +38,9 @@ def write_files(folder: Path, pixels: int) -> None:
 
 
 def jaxgen_batches(folder: str):
+    from jaxgen import runtime
+
+    runtime.prepare()  # as `jaxgen train` does
     import jax
 
     from jaxgen.data.imagetext import LabelledImages
