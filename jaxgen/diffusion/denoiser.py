@@ -1,0 +1,48 @@
+"""The one thing that solvers and guidance see of a network: a function from a noisy picture to the picture."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxgen.diffusion.paths import Path, along
+from jaxgen.diffusion.predictions import Prediction
+
+Picture = Float[Array, "B ..."]
+Denoise = Callable[[Picture, Float[Array, "B"], Any], Picture]
+"""(x_t, t, condition) -> the expectation of x0. The condition is a tree of arrays, examples first."""
+Network = Callable[[Picture, Float[Array, "B"], Any], Picture]
+"""(c_in x_t, label of the time, condition) -> the network's output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """A network as a denoiser.
+
+    One that has learned its variance gives twice the channels along the last axis; the second half v, between -1 and
+    1, says how far the log of a step's variance lies from its least to its largest (Nichol & Dhariwal 2021, eq. 15).
+    """
+
+    network: Network
+    path: Path
+    prediction: Prediction
+
+    def __call__(self, x: Picture, t: Float[Array, "B"], condition: Any = None) -> Picture:
+        return self.both(x, t, condition)[0]
+
+    def both(self, x: Picture, t: Float[Array, "B"], condition: Any = None) -> tuple[Picture, Picture | None]:
+        """(x0, v); v is None for a network without a learned variance."""
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        scale = self.prediction.coefficients(alpha, sigma)[0]
+        output = self.network(along(scale, x) * x, self.prediction.label(self.path, t), condition)
+        v = None
+        if output.shape[-1] == 2 * x.shape[-1]:
+            output, v = jnp.split(output, 2, axis=-1)
+        return self.prediction.denoised(output, x, alpha, sigma), v
+
+
+def noise_of(x0: Picture, x: Picture, alpha: Float[Array, "B"], sigma: Float[Array, "B"]) -> Picture:
+    """The unit noise that x holds besides alpha x0."""
+    return (x - along(alpha, x) * x0) / along(sigma, x)

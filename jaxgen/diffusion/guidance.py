@@ -1,0 +1,123 @@
+"""Guidance: from denoisers, a denoiser. Every scale may be a traced array, so that a sweep compiles nothing.
+
+At one x_t and time, x0, the noise and the score are affine in each other with the same coefficients, so that guiding x0
+guides all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxgen.diffusion.denoiser import Denoise
+from jaxgen.diffusion.paths import Path, along
+
+Scale = Float[Array, ""] | Float[Array, "B"] | float
+
+
+def classifier_free(
+    denoise: Denoise,
+    null: Any,
+    scale: Scale,
+    interval: tuple[Scale, Scale] = (0.0, 1.0),
+    rescale: Scale = 0.0,
+) -> Denoise:
+    """x0(null) + scale (x0(condition) - x0(null)) (Ho & Salimans 2022, with scale = 1 + their w).
+
+    Args:
+      null: the condition of nothing, or what is not wanted (a negative prompt); of the condition's shapes.
+      scale: 1 for no guidance.
+      interval: guides at times between these alone (Kynkaanniemi et al. 2024).
+      rescale: share of the way back to the standard deviation of x0(condition) (Lin et al. 2024, eq. 15-16).
+    """
+
+    def guided(x, t, condition):
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, null)
+        wanted, other = jnp.split(denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
+        inside = (t >= interval[0]) & (t <= interval[1])
+        found = other + along(jnp.where(inside, scale, 1.0), x) * (wanted - other)
+        axes = tuple(range(1, x.ndim))
+        ratio = wanted.std(axes, keepdims=True) / jnp.maximum(found.std(axes, keepdims=True), 1e-12)
+        return found * (1 + along(jnp.broadcast_to(rescale, t.shape), x) * (ratio - 1))
+
+    return guided
+
+
+def autoguidance(denoise: Denoise, weaker: Denoise, scale: Scale) -> Denoise:
+    """weaker + scale (x0 - weaker): away from what a worse model of the same data does (Karras et al. 2024)."""
+
+    def guided(x, t, condition):
+        worse = weaker(x, t, condition)
+        return worse + along(jnp.broadcast_to(scale, t.shape), x) * (denoise(x, t, condition) - worse)
+
+    return guided
+
+
+def classifier(
+    denoise: Denoise,
+    log_probability: Callable[[Float[Array, "B ..."], Float[Array, "B"], Any], Float[Array, "B"]],
+    path: Path,
+    scale: Scale,
+) -> Denoise:
+    """Adds scale times the gradient of log p(condition | x_t) to the score (Dhariwal & Nichol 2021, algorithm 2).
+
+    Args:
+      log_probability: (x_t, t, condition) -> log p, of a classifier that knows noisy pictures.
+    """
+
+    def guided(x, t, condition):
+        slope = jax.grad(lambda x: jnp.sum(log_probability(x, t, condition)))(x)
+        return denoise(x, t, condition) + _toward(path, t, scale, slope)
+
+    return guided
+
+
+def likeness(
+    denoise: Denoise,
+    similarity: Callable[[Float[Array, "B ..."], Any], Float[Array, "B"]],
+    path: Path,
+    scale: Scale,
+) -> Denoise:
+    """Adds scale times the gradient, by x_t, of a similarity of the denoised picture (such as CLIP's to a text) to the
+    score (Bansal et al. 2023, eq. 6; Nichol et al. 2022, section 2.4).
+
+    Args:
+      similarity: (x0, condition) -> a number for each example, of a model that knows pictures without noise.
+    """
+
+    def guided(x, t, condition):
+        def total(x):
+            x0 = denoise(x, t, condition)
+            return jnp.sum(similarity(x0, condition)), x0
+
+        slope, x0 = jax.grad(total, has_aux=True)(x)
+        return x0 + _toward(path, t, scale, slope)
+
+    return guided
+
+
+def _toward(path: Path, t, scale, slope):
+    """The change of x0 that goes with a change `scale slope` of the score: sigma^2 / alpha times it."""
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    weight = jnp.where(alpha > 0, scale * sigma**2 / jnp.where(alpha > 0, alpha, 1), 0)
+    return along(weight, slope) * slope
+
+
+def within(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
+    """x0 cut to the values that pictures have."""
+    return lambda x, t, condition: jnp.clip(denoise(x, t, condition), low, high)
+
+
+def dynamic(denoise: Denoise, share: Scale = 0.995) -> Denoise:
+    """Each x0 divided by the quantile `share` of its absolute values where that is above 1, and cut to -1 and 1
+    (Saharia et al. 2022, section 2.3: dynamic thresholding)."""
+
+    def cut(x, t, condition):
+        x0 = denoise(x, t, condition)
+        flat = jnp.abs(x0.reshape(len(x0), -1))
+        bound = along(jnp.maximum(jnp.quantile(flat, share, axis=1), 1.0), x0)
+        return jnp.clip(x0, -bound, bound) / bound
+
+    return cut
