@@ -50,5 +50,5 @@ smoke = dataclasses.replace(
     data=dataclasses.replace(experiment.data, heldout=256),
     steps=100,
     evaluations=(Retrieval(among=256), SceneFacts(examples=128)),
-    target=Target("eval/retrieval/image_to_text/recall@10", at_least=0.3),
+    target=Target("eval/retrieval/image_to_text/recall@10", at_least=0.9),
 )

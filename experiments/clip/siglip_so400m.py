@@ -81,5 +81,5 @@ smoke = dataclasses.replace(
     steps=200,
     mesh=Mesh(),
     evaluations=(Retrieval(among=128),),
-    target=Target("eval/retrieval/image_to_text/recall@10", at_least=0.3),
+    target=Target("eval/retrieval/image_to_text/recall@10", at_least=0.9),
 )  # fmt: skip

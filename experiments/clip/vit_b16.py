@@ -78,5 +78,5 @@ smoke = dataclasses.replace(
     batch_size=128,
     steps=200,
     evaluations=(Retrieval(among=128),),
-    target=Target("eval/retrieval/image_to_text/recall@10", at_least=0.3),
+    target=Target("eval/retrieval/image_to_text/recall@10", at_least=0.9),
 )

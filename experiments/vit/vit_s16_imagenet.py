@@ -47,10 +47,10 @@ smoke = dataclasses.replace(
         ViT(patch=8, width=96, depth=3, heads=3, image_size=32, positions="sincos", pool="mean", out=24), mix=Mixup(0.2)
     ),
     data=LabelledImages(
-        size=32, augment=(RandomResizedCrop(32, scale=(0.5, 1.0)), Flip(), RandAugment(2, 3)), heldout=0.05
+        size=32, augment=(RandomResizedCrop(32, scale=(0.8, 1.0)), Flip(), RandAugment(1, 3)), heldout=0.05
     ),
     optimizer=dataclasses.replace(experiment.optimizer, learning_rate=2e-3, schedule=Cosine(warmup=20, final=0.0)),
-    batch_size=64,
+    batch_size=128,
     steps=250,
     evaluations=(Accuracy(),),
     target=Target("eval/accuracy/top1", at_least=0.5),
