@@ -16,7 +16,7 @@ from jaxgen.data.images import BadImage
 from jaxgen.data.imagetext import ImageText, LabelledImages, View
 from jaxgen.data.loader import Loader, heldout_batches
 from jaxgen.data.tokenizers import Bytes, ByteTokenizer, Characters, SentencePiece
-from jaxgen.data.transforms import ColorJitter, Flip, Pad, RandomResizedCrop, Resize
+from jaxgen.data.transforms import CenterCrop, ColorJitter, Flip, Pad, RandomResizedCrop, Resize
 from jaxgen.errors import UserError
 from jaxgen.record import resume
 
@@ -423,6 +423,9 @@ def test_fit_and_proportions(folder):
     assert padded.shape == (16, 16, 3) and not padded[0].any()
     with pytest.raises(UserError, match="data.fit gives a picture of 21 x 16 pixels, but data.size is 16"):
         prepared(folder, fit=(Resize(16),)).picture(png(1))
+    middle = prepared(folder, fit=(Resize(20), CenterCrop(16))).picture(png(1, 16, 16))  # of the size already
+    larger = Image.open(io.BytesIO(png(1, 16, 16))).resize((20, 20), Image.Resampling.BICUBIC)
+    assert np.array_equal(middle, np.asarray(larger)[2:18, 2:18])
     free = prepared(folder, patches=6, patch=8)
     example = free.example(png(1, 16, 24))
     assert example["patches"].shape == (6, 192) and example["patch_mask"].all()
