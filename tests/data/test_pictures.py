@@ -89,7 +89,7 @@ JSONL = '{"file": "x/a.png", "caption": "one", "n": 3}\n\n{"file": "x/b.png", "c
 
 @pytest.mark.parametrize("name, content", [
     ("t.tsv", TSV.encode()), ("t.tsv", TSV.replace("\n", "\r\n").encode()), ("t.tsv", b"\xef\xbb\xbf" + TSV.encode()),
-    ("t.jsonl", JSONL.encode()), ("t.jsonl.gz", gzip.compress(JSONL.encode()))])
+    ("t.jsonl", JSONL.encode()), ("t.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0))])
 def test_table(tmp_path, name, content):
     folder = tmp_path / "data"
     (folder / "x").mkdir(parents=True)
@@ -249,7 +249,7 @@ def idx(values):
 def test_idx(tmp_path, packed):
     images, labels = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5), np.array([7, 0, 2], np.uint8)
     end = ".gz" if packed else ""
-    write = (lambda p, d: p.write_bytes(gzip.compress(d))) if packed else (lambda p, d: p.write_bytes(d))
+    write = (lambda p, d: p.write_bytes(gzip.compress(d, mtime=0))) if packed else (lambda p, d: p.write_bytes(d))
     write(tmp_path / f"train-images-idx3-ubyte{end}", idx(images))
     write(tmp_path / f"train-labels-idx1-ubyte{end}", idx(labels))
     source = open_pictures(str(tmp_path / f"train-images-idx3-ubyte{end}"))
