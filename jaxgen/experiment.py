@@ -24,7 +24,7 @@ from jaxgen.pretrained import Pretrained
 from jaxgen.sharding import RULES, Mesh
 from jaxgen.tasks.base import Task
 from jaxgen.training.checkpoint import Checkpointing
-from jaxgen.training.ema import Ema
+from jaxgen.training.ema import Ema, PowerEma
 from jaxgen.training.metrics import Logging
 from jaxgen.training.optimizers import Optimizer
 
@@ -73,7 +73,7 @@ class Experiment:
     """How the devices are arranged."""
     rules: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(RULES))
     """Mesh axes that each logical axis is split over."""
-    ema: Ema | None = None
+    ema: Ema | PowerEma | None = None
     """Moving average of the parameters; None keeps none."""
     evaluations: tuple[Evaluation, ...] = ()
     """What is measured during and after training, each at its own interval."""
@@ -145,7 +145,8 @@ def resolve(
     run_dir: str | Path | None = None,
     weights: bool = True,
 ) -> tuple[Experiment, list[Source]]:
-    """The experiment with each `Pretrained` replaced by the module of its source, and where their weights are.
+    """The experiment with each `Pretrained` of the task replaced by the module of its source, and where the weights of
+    all are. Those of the evaluations, whose networks are opened for each use, stay.
 
     A run directory that was started from the same `Pretrained` has its own record of the module, so it goes on when
     the source is gone. Without `weights`, no source that is a file is trained for them. Raises UserError for a missing
@@ -160,6 +161,9 @@ def resolve(
         )
     sources = []
     for path, pretrained in asked.items():
+        if path.startswith("evaluations."):
+            sources.append(Source(path, pretrained, _source(pretrained, path, trust, weights)[0]))
+            continue
         if own:
             data, directory = own.experiment, Path(pretrained.source)
             module = record.from_record(_part(data, path, str(run_dir)), trust, path)

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -13,3 +15,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla-tests"
 from jaxtyping import install_import_hook  # noqa: E402
 
 _hook = install_import_hook(["jaxgen.nn", "jaxgen.models", "jaxgen.sampling"], "beartype.beartype")
+
+
+@pytest.fixture
+def double():
+    """JAX in float64."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield

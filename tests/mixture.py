@@ -35,3 +35,8 @@ def draw(rng: np.random.Generator, count: int) -> np.ndarray:
     """Examples of the mixture."""
     kind = rng.choice(3, count, p=WEIGHTS)
     return MEANS[kind] + SPREADS[kind][:, None] * rng.standard_normal((count, 2))
+
+
+def name(x) -> str:
+    """A test's name for a solver, a prediction or a function: the repr of the last is another in every process."""
+    return getattr(x, "__name__", None) or repr(x).replace("()", "")

@@ -197,7 +197,7 @@ def edited(path: str, value: Any) -> Any:
          "Optimizer"),
         ("evaluations", {}, "{}", "a list, each an object of class Evaluation"),
         ("evaluations.0", 5, "5", "an object of class Evaluation"),
-        ("ema", 0.9, "0.9", "an object of class Ema or null"),
+        ("ema", 0.9, "0.9", "an object of class Ema or an object of class PowerEma or null"),
     ],
 )  # fmt: skip
 def test_values_of_the_wrong_type_are_named(path, value, there, right):

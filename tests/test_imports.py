@@ -1,7 +1,8 @@
 """Imports run downward only, and `import jaxgen` is light.
 
 cli > planning > experiment > training > evaluation > tasks > sampling > models, diffusion > nn > sharding; `data` knows
-none of these; `interop` knows models and sharding alone; the bottom modules know each other alone.
+none of these; `interop` knows models and sharding alone, and is known from evaluation up; the bottom modules know each
+other alone.
 """
 
 import ast
@@ -33,7 +34,7 @@ def allowed(room: str) -> set[str]:
     below = set(ORDER[: ORDER.index(room) + 1])
     if "sampling" in below:
         below |= {"diffusion"}
-    if "training" in below:
+    if "evaluation" in below:
         below |= {"interop"}
     return below | BOTTOM | ({"data"} if ORDER.index(room) > ORDER.index("nn") else set())
 

@@ -17,6 +17,7 @@ VERBS = {
     "sample": ("sample", "sample from a run"),
     "eval": ("evaluate", "measure a run"),
     "search": ("search", "rank pictures by how near they are to a text"),
+    "ema": ("ema", "average a run's weights over another span of it"),
     "import": ("importing", "make a model directory of another project's weights"),
     "export": ("exporting", "write a run's weights as another project reads them"),
     "tokenizer": ("tokenizer", "train a tokenizer"),

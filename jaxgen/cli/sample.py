@@ -1,50 +1,95 @@
-"""`jaxgen sample RUN`."""
+"""`jaxgen sample RUN`: texts or pictures, as the run has learned."""
 
+import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from jaxgen.cli import options
 from jaxgen.cli.main import DONE
 from jaxgen.errors import UserError
 
+TEXT = {"max_new_tokens": 256, "temperature": 0.8, "top_p": 0.95}
+"""Options of language models, with their defaults."""
+PICTURES = (
+    "class", "negative", "guidance", "solver", "grid", "steps", "size", "image", "strength", "mask", "frames", "out",
+)  # fmt: skip
+"""Options of models that make pictures; what is not given is as in the run's own previews."""
+
 
 def parser() -> options.Parser:
-    parser = options.Parser("sample", "Samples from a run.")
+    parser = options.Parser("sample", "Samples from a run: texts or pictures, as it has learned.")
     options.add_run(parser)
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue (may be repeated)")
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="samples of each prompt (1)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of each sample (256)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from this much of the probability (0.95)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT",
+                        help="text to continue, or what a picture shows (may be repeated)")
+    parser.add_argument("--n", type=int, metavar="N", help="samples of each prompt or class (a text, 16 pictures)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another sample (0)")
     parser.add_argument("--json", action="store_true", help="print data for programs")
+    text = parser.add_argument_group("language models")
+    text.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of each sample (256)")
+    text.add_argument("--temperature", type=float, help="0 takes the likeliest token (0.8)")
+    text.add_argument("--top-p", type=float, help="draw from this much of the probability (0.95)")
+    pictures = parser.add_argument_group("pictures", "what is not given is as in the run's own previews")
+    pictures.add_argument("--class", action="append", metavar="NAME", help="name or number (may be repeated)")
+    pictures.add_argument("--negative", metavar="TEXT", help="what pictures should not show; needs --guidance")
+    pictures.add_argument("--guidance", type=float, metavar="SCALE", help="how much the condition counts; 1 for none")
+    pictures.add_argument("--solver", metavar="NAME", help="ddim, euler, heun, dpmpp_2m, unipc, ...")
+    pictures.add_argument("--grid", metavar="NAME", help="how steps are spread: uniform, karras, exponential, shifted")
+    pictures.add_argument("--steps", type=int, metavar="N", help="steps of the solver")
+    pictures.add_argument("--size", metavar="HxW", help="pixels, where the network takes other sizes")
+    pictures.add_argument("--image", metavar="FILE", help="a picture to begin with")
+    pictures.add_argument("--strength", type=float, help="how far to leave it, from 0 to 1 (0.6; with a mask 1)")
+    pictures.add_argument("--mask", metavar="FILE", help="white where the picture is to be made anew")
+    pictures.add_argument("--frames", action="store_true", help="also a sheet of the first picture after each step")
+    pictures.add_argument("--out", metavar="DIR", help="where pictures go (RUN/drawn/NAME)")
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     arguments = parser().parse(argv)
-    for name, least in (("n", 1), ("max_new_tokens", 1), ("temperature", 0)):
-        if (value := getattr(arguments, name)) < least:
+    for name, least in (("n", 1), ("max_new_tokens", 1), ("temperature", 0), ("steps", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}, which should be at least {least}")
-    if not 0 < arguments.top_p <= 1:
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p is {arguments.top_p}, which should be above 0 and at most 1")
+    if arguments.strength is not None and not 0 <= arguments.strength <= 1:
+        raise UserError(f"--strength is {arguments.strength}, which should be from 0 to 1")
     from jaxgen.cli.opened import open_run
 
     opened = open_run(arguments, "sample")
-    from jaxgen.data.tokenizers import load
-    from jaxgen.evaluation.preview import continue_texts
-    from jaxgen.sampling.text import Sampling
     from jaxgen.tasks.language import LanguageModel
 
     task = opened.experiment.task
-    if not isinstance(task, LanguageModel):
-        raise UserError(f"{opened.directory} is a run of a {type(task).__name__}: only language models are sampled")
-    prompts = [prompt for prompt in arguments.prompt or [""] for _ in range(arguments.n)]
-    sampling = Sampling(arguments.temperature, arguments.top_p)
+    if isinstance(task, LanguageModel):
+        _only(arguments, opened, PICTURES, "texts")
+        return continue_texts(arguments, opened)
+    if hasattr(task, "sample"):
+        _only(arguments, opened, TEXT, "pictures")
+        from jaxgen.cli.pictures import draw
+
+        return draw(arguments, opened)
+    raise UserError(f"{opened.directory} is a run of a {type(task).__name__}, which makes neither texts nor pictures")
+
+
+def _only(arguments: argparse.Namespace, opened: Any, others: Sequence[str], what: str) -> None:
+    """UserError for an option that is for runs of another kind."""
+    for name in others:
+        if getattr(arguments, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')} is of no use here: {opened.directory} makes {what}")
+
+
+def continue_texts(arguments: argparse.Namespace, opened: Any) -> int:
+    """Prints what a language model writes after each prompt."""
+    from jaxgen.data.tokenizers import load
+    from jaxgen.evaluation.preview import continue_texts
+    from jaxgen.sampling.text import Sampling
+
+    chosen = {name: value if (value := getattr(arguments, name)) is not None else usual for name, usual in TEXT.items()}
+    prompts = [prompt for prompt in arguments.prompt or [""] for _ in range(arguments.n or 1)]
     with opened.program.sharding.use():
         texts = continue_texts(
-            task.model, opened.params["model"], load(opened.directory / "tokenizer"), prompts, arguments.max_new_tokens,
-            sampling, arguments.seed,
+            opened.experiment.task.model, opened.params["model"], load(opened.directory / "tokenizer"), prompts,
+            chosen["max_new_tokens"], Sampling(chosen["temperature"], chosen["top_p"]), arguments.seed,
         )  # fmt: skip
     if arguments.json:
         samples = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]

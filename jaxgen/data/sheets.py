@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 GAP, LINE, LINES = 6, 14, 3   # pixels between cells; pixels of a line of text; lines below a picture
 COLOURS = {"green": (30, 160, 60), "red": (200, 40, 40)}
 
 
-def png(image: np.ndarray) -> bytes:
-    """A picture, uint8 (H, W, 3), as a PNG file's content."""
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, "PNG")
+def png(image: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
+    """A picture, uint8 (H, W, 1 or 3), as a PNG file's content, with texts that it is to carry by name."""
+    content, info = io.BytesIO(), PngInfo()
+    for name, value in (text or {}).items():
+        info.add_itxt(name, value)
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(content, "PNG", pnginfo=info)
     return content.getvalue()
 
 

@@ -34,13 +34,34 @@ class Denoiser:
 
     def both(self, x: Picture, t: Float[Array, "B"], condition: Any = None) -> tuple[Picture, Picture | None]:
         """(x0, v); v is None for a network without a learned variance."""
-        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-        scale = self.prediction.coefficients(alpha, sigma)[0]
+        output, v = self.raw(x, t, condition)
+        return self.prediction.denoised(output, x, self.path.alpha(t), self.path.sigma(t)), v
+
+    def raw(self, x: Picture, t: Float[Array, "B"], condition: Any = None) -> tuple[Picture, Picture | None]:
+        """(the network's output, v)."""
+        scale = self.prediction.coefficients(self.path.alpha(t), self.path.sigma(t))[0]
         output = self.network(along(scale, x) * x, self.prediction.label(self.path, t), condition)
-        v = None
         if output.shape[-1] == 2 * x.shape[-1]:
-            output, v = jnp.split(output, 2, axis=-1)
-        return self.prediction.denoised(output, x, alpha, sigma), v
+            return tuple(jnp.split(output, 2, axis=-1))
+        return output, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network with the path and the prediction that it is trained in."""
+
+    network: Any
+    """A Linen module: (c_in x_t, label of the time, condition) -> output."""
+    path: Path
+    prediction: Prediction
+
+    def denoiser(self, params: Any, key: Array | None = None) -> Denoiser:
+        """With parameters; a `key` turns dropout on."""
+
+        def network(x, label, condition):
+            return self.network.apply({"params": params}, x, label, condition, key)
+
+        return Denoiser(network, self.path, self.prediction)
 
 
 def noise_of(x0: Picture, x: Picture, alpha: Float[Array, "B"], sigma: Float[Array, "B"]) -> Picture:

@@ -48,6 +48,17 @@ class Snr(Weighting):
 
 
 @dataclasses.dataclass(frozen=True)
+class VelocityWeight(Weighting):
+    """((alpha + sigma) / max(sigma, least))^2 for x0: the squared error of the straight path's velocity, whatever the
+    network predicts (Li & He 2025, section 3)."""
+
+    least: float = 0.05
+
+    def of_x0(self, alpha, sigma):
+        return ((alpha + sigma) / jnp.maximum(sigma, self.least)) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
 class MinSnr(Weighting):
     """min(alpha^2 / sigma^2, gamma) for x0 (Hang et al. 2023, eq. 8)."""
 

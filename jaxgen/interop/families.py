@@ -5,18 +5,22 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxgen.errors import UserError
+from jaxgen.errors import UserError, nearest
 from jaxgen.interop.clip import ClipFormat, OpenClipFormat, Siglip2Format, SiglipFormat
-from jaxgen.interop.formats import Format, Found, opened
+from jaxgen.interop.diffusers import DiTFormat, UNetFormat
+from jaxgen.interop.formats import Format, Found, opened, read_json
 from jaxgen.interop.resnet import BitFormat, ResNetFormat, TimmResNetFormat
 from jaxgen.interop.vit import TimmViTFormat, ViTFormat
 from jaxgen.models.clip import CLIP
+from jaxgen.models.dit import DiT
 from jaxgen.models.resnet import ResNet
+from jaxgen.models.unet import UNet
 from jaxgen.models.vit import ViT
 
+PIPELINE = "model_index.json"
 FORMATS: tuple[Format, ...] = (
     ClipFormat(), SiglipFormat(), Siglip2Format(), OpenClipFormat(), ViTFormat(), TimmViTFormat(), ResNetFormat(),
-    BitFormat(), TimmResNetFormat(),
+    BitFormat(), TimmResNetFormat(), UNetFormat(linear=False), UNetFormat(linear=True), DiTFormat(),
 )  # fmt: skip
 
 
@@ -25,17 +29,32 @@ def find(path: str | Path, formats: tuple[Format, ...] = FORMATS) -> Found:
     return opened(path, formats)
 
 
+def component(path: str | Path, name: str, formats: tuple[Format, ...] = FORMATS) -> Found:
+    """One part of a pipeline of diffusers, such as its "unet": the folder of that name in its folder `path`, whose
+    model_index.json lists them. Raises UserError where there is none, or none that is known."""
+    folder = Path(path)
+    if not (folder / PIPELINE).is_file():
+        raise UserError(f"{path} has no {PIPELINE}, which lists the parts of a pipeline")
+    parts = [part for part, told in read_json(folder / PIPELINE).items() if isinstance(told, list) and told[0]]
+    if name not in parts:
+        raise UserError(f"the pipeline {path} has no {name}{nearest(name, parts)}; its parts are {', '.join(parts)}")
+    return opened(folder / name, formats)
+
+
 def format_for(module: nn.Module, project: str = "huggingface", naflex: bool = False) -> Format:
     """The form of a project in which a module is written. UserError where it has none."""
     kinds: dict[tuple[Any, str], Format] = {
         (CLIP, "open_clip"): OpenClipFormat(),
         (ViT, "huggingface"): ViTFormat(),
+        (DiT, "huggingface"): DiTFormat(),
     }
     if isinstance(module, CLIP):
         pair = (Siglip2Format() if naflex else SiglipFormat()) if module.bias else ClipFormat()
         kinds[(CLIP, "huggingface")] = pair
     if isinstance(module, ResNet):
         kinds[(ResNet, "huggingface")] = BitFormat() if module.form == "bit" else ResNetFormat()
+    if isinstance(module, UNet):   # the older ones have a number of heads, the newer ones heads of one size
+        kinds[(UNet, "huggingface")] = UNetFormat(linear=not module.heads)
     found = kinds.get((type(module), project))
     if found is None:
         raise UserError(f"a {type(module).__name__} cannot be written in the form of {project}")

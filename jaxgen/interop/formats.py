@@ -21,6 +21,7 @@ from jaxgen.interop.safetensors import Lazy, Tensors
 from jaxgen.sharding import Sharding, names_of, unbox
 
 CONFIGS = ("config.json", "open_clip_config.json")
+KINDS = ("model_type", "architecture", "_class_name")   # where a configuration says of what family it is
 RUNTIME = ("scan", "remat", "kernel", "dtype", "patch_dropout", "max_scale")   # fields that no weights depend on
 
 
@@ -132,7 +133,7 @@ def opened(path: str | Path, formats: tuple[Format, ...]) -> Found:
     config = read_config(folder)
     format = next((f for f in formats if f.recognises(config)), None)
     if format is None:
-        kind = str(config.get("model_type") or config.get("architecture") or "of an unknown kind")
+        kind = str(next(filter(None, map(config.get, KINDS)), "of an unknown kind"))
         raise UserError(
             f"{path} holds a model '{kind}', which is not imported{nearest(kind, [f.name for f in formats])}; known "
             f"are {', '.join(f.name for f in formats)}"
@@ -150,16 +151,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """What the folder's JSON says of the model, with what it says of pictures under "preprocessor"."""
     for name in CONFIGS:
         if (folder / name).is_file():
-            config = _json(folder / name)
+            config = read_json(folder / name)
             break
     else:
         raise UserError(f"{folder} has no {' or '.join(CONFIGS)}, which says what the model is")
     if (folder / "preprocessor_config.json").is_file():
-        config["preprocessor"] = _json(folder / "preprocessor_config.json")
+        config["preprocessor"] = read_json(folder / "preprocessor_config.json")
     return config
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. UserError where it holds none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -3,8 +3,9 @@
     Rule("encoder.layers.{layer}.q_proj.weight", "params/blocks/query/kernel", "(h d) e -> e h d")
 
 says where a tensor stands here and how its axes lie. A number in braces that our path lacks is a leading axis here,
-along which theirs are stacked ({layer}; two, such as {layer} and {expert}, are two axes). A rule with several of our
-paths has them as parts of one tensor of theirs, along the first axis on the right: `"(n h d) e -> n e h d"`.
+along which theirs are stacked ({layer}; two, such as {layer} and {expert}, are two axes); where theirs begin at
+another number than 0, {layer+13} says which. A rule with several of our paths has them as parts of one tensor of
+theirs, along the first axis on the right: `"(n h d) e -> n e h d"`.
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ class Rule:
     constant: Any = None
     """Their tensor has always this value, and stands for nothing here: passed over in reading, where it may be missing,
     and written (unless it is `SKIP`)."""
+    copies: int = 0
+    """Theirs stands there so many times over, {copy} in its name being 0, 1, ..., and is one here."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -58,6 +61,7 @@ class NameMap:
         """The map for these leaves (path to anything with a shape). ValueError where one has no rule, or several."""
         found: dict[str, Part] = {}
         constants: dict[str, Any] = {}
+        copies: dict[str, str] = {}
         for path, leaf in leaves.items():
             rules = [(rule, i, m) for rule in self.rules for i, ours in enumerate(rule.paths)
                      if (m := _pattern(ours).fullmatch(path))]  # fmt: skip
@@ -70,11 +74,14 @@ class NameMap:
                 told = " and ".join(rule.theirs for rule, _, _ in rules) or "nothing"
                 raise ValueError(f"the name map has {told} for {path}")
             (rule, index, match), = rules
-            axes, names = _names(rule.theirs, match.groupdict(), leaf.shape)
+            axes, names = _names(rule.theirs.replace("{copy}", "0"), match.groupdict(), leaf.shape)
+            for n in range(1, rule.copies):
+                _, others = _names(rule.theirs.replace("{copy}", str(n)), match.groupdict(), leaf.shape)
+                copies |= dict(zip(others, names, strict=True))
             several = len(rule.paths) if len(rule.paths) > 1 else 0
             layout = Layout.of(rule.layout, (several,) * bool(several) + leaf.shape[axes:], self.sizes)
             found[path] = Part(names, leaf.shape[:axes], layout, index if several else None)
-        return Expanded(found, constants)
+        return Expanded(found, constants, copies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +110,16 @@ class Part:
 class Expanded:
     """A name map for the leaves of one model: what is read from where, and what is written as what."""
 
-    def __init__(self, parts: dict[str, Part], constants: dict[str, Any]):
+    def __init__(self, parts: dict[str, Part], constants: dict[str, Any], copies: dict[str, str]):
         self.parts = parts
         self.constants = constants
+        self.copies = copies
         self.shapes = {name: part.layout.theirs_shape for part in parts.values() for name in part.names}
+        self.shapes |= {copy: self.shapes[name] for copy, name in copies.items()}
 
     def check(self, tensors: Mapping[str, np.ndarray], where: str) -> None:
-        """Raises UserError that lists every tensor that is missing, left over, or of another shape or kind."""
+        """Raises UserError that lists every tensor that is missing, left over, of another shape or kind, or other than
+        what it should be a copy of."""
         known = [n for n, value in self.constants.items() if n in tensors]
         missing = [name for name in self.shapes if name not in tensors]
         left = [name for name in tensors if name not in self.shapes and name not in known]
@@ -123,6 +133,8 @@ class Expanded:
                 lines.append(f"{name} has the shape {there.shape}, and {shape} is wanted")
             elif not jax.numpy.issubdtype(there.dtype, np.floating):
                 lines.append(f"{name} has the format {there.dtype}, and floating point is wanted")
+            elif (first := self.copies.get(name)) in tensors and not np.array_equal(there, tensors[first]):
+                lines.append(f"{name} is not the same as {first}, and the model has one of them")
         if lines:
             raise UserError(f"the weights of {where} do not fit the model in {len(lines)} places:\n  "
                             + "\n  ".join(lines))
@@ -149,6 +161,7 @@ class Expanded:
             part = self.parts[places[0][0]]
             make = functools.partial(self._make, leaves, sorted(places, key=lambda place: place[2] or 0))
             made[name] = Lazy(part.layout.theirs_shape, np.dtype(dtype), make)
+        made |= {copy: made[name] for copy, name in self.copies.items()}
         for name, value in self.constants.items():
             if value is not SKIP:
                 value = np.asarray(value)
@@ -236,11 +249,16 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 def _names(template: str, numbers: Mapping[str, str], shape: tuple[int, ...]) -> tuple[int, tuple[str, ...]]:
     """How many leading axes of ours are stacks of theirs, and the names of those."""
-    stacked = [name for name in re.findall(r"\{(\w+)\}", template) if name not in numbers]
+    stacked = [name for name in re.findall(r"\{(\w+)(?:\+\d+)?\}", template) if name not in numbers]
     if len(stacked) > len(shape):
         raise ValueError(f"{template} is stacked along {stacked}, and our shape is {shape}")
     every = itertools.product(*(range(size) for size in shape[: len(stacked)]))
-    return len(stacked), tuple(template.format(**numbers, **dict(zip(stacked, at, strict=True))) for at in every)
+    return len(stacked), tuple(_filled(template, {**numbers, **dict(zip(stacked, at, strict=True))}) for at in every)
+
+
+def _filled(template: str, numbers: Mapping[str, Any]) -> str:
+    """The name with its numbers, each raised by what its place says."""
+    return re.sub(r"\{(\w+)(?:\+(\d+))?\}", lambda at: str(int(numbers[at[1]]) + int(at[2] or 0)), template)
 
 
 def flat(tree: Any) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def attention(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with grouped queries, rotary positions, QK-norm and an explicit cache, by choice."""
+    """Multi-head attention with grouped queries, rotary positions, QK-norm and an explicit cache, by choice."""
 
     heads: int
     kv_heads: int
@@ -99,6 +99,8 @@ class Attention(nn.Module):
     out_std: float = 0.02
     norm_epsilon: float = 1e-5
     dtype: DType = "auto"
+    out_bias: bool | None = None
+    """Of the output's projection; None for as `bias`."""
 
     @nn.compact
     def __call__(
@@ -107,15 +109,16 @@ class Attention(nn.Module):
         mask: Mask,
         positions: Int[Array, "#B L *axes"] | None = None,
         cache: tuple[Float[Array, "B S K D"], Float[Array, "B S K D"]] | None = None,
+        source: Float[Array, "B T C"] | None = None,
     ) -> tuple[Float[Array, "B L E"], tuple[Float[Array, "B S K D"], Float[Array, "B S K D"]] | None]:
-        """Attend from x to itself, or to the cache after x was written there at `mask.query_positions`. Rotary
-        `positions` are (B, L), or (B, L, 2) for rows and columns."""
+        """Attend from x to itself, to the cache after x was written there at `mask.query_positions`, or to `source`.
+        Rotary `positions` are (B, L), or (B, L, 2) for rows and columns."""
 
-        def project(name: str, heads: int, axis: str):
+        def project(name: str, heads: int, axis: str, x=x if source is None else source):
             axes = (("embed",), (axis, "head_dim"))
             return Linear((heads, self.head_dim), axes, self.bias, self.init_std, self.dtype, name=name)(x)
 
-        query = project("query", self.heads, "heads")
+        query = project("query", self.heads, "heads", x)
         key = project("key", self.kv_heads, "kv_heads")
         value = project("value", self.kv_heads, "kv_heads")
         if self.qk_norm:  # Henry et al. 2020; the RMS form of recent models
@@ -124,15 +127,15 @@ class Attention(nn.Module):
         if self.rope is not None:
             query, key = self.rope(query, positions), self.rope(key, positions)
         query = sharding.constrain(query, "batch", "length", "heads", None)
-        key = sharding.constrain(key, "batch", "length", "kv_heads", None)
-        value = sharding.constrain(value, "batch", "length", "kv_heads", None)
+        length = "length" if source is None else None
+        key = sharding.constrain(key, "batch", length, "kv_heads", None)
+        value = sharding.constrain(value, "batch", length, "kv_heads", None)
         if cache is not None:
             write = jax.vmap(lambda old, new, at: old.at[at].set(new.astype(old.dtype), mode="drop"))
             cache = tuple(write(old, new, mask.query_positions) for old, new in zip(cache, (key, value), strict=True))
             key, value = (c.astype(query.dtype) for c in cache)
         out = attention(query, key, value, mask, self.kernel, self.cap)
         out = sharding.constrain(out, "batch", "length", "heads", None)
-        out = Linear(
-            (x.shape[-1],), (("heads", "head_dim"), ("embed",)), self.bias, self.out_std, self.dtype, name="out"
-        )(out)
-        return out, cache
+        bias = self.bias if self.out_bias is None else self.out_bias
+        axes = (("heads", "head_dim"), ("embed",))
+        return Linear((x.shape[-1],), axes, bias, self.out_std, self.dtype, name="out")(out), cache

@@ -9,28 +9,37 @@ from jaxtyping import Array, Float
 
 from jaxgen import sharding
 from jaxgen.nn.dtypes import DType, resolve
-from jaxgen.nn.linear import matmul
+from jaxgen.nn.linear import matmul, rows
+from jaxgen.nn.modulation import spread
 
 
 class Conv(nn.Module):
-    """A convolution without bias, padded by half its size on each side."""
+    """A convolution, by default padded by half its size on each side."""
 
     features: int
     size: int = 3
     stride: int = 1
     standardize: bool = False
     """Weight standardisation: each filter has mean 0 and variance 1 (Qiao et al. 2019)."""
+    bias: bool = False
+    scale: float = 2.0
+    """Of the filters' initial variance, times the fan-out (He et al. 2015); 0 for filters of zeros."""
+    padding: tuple[int, int] | None = None
+    """Zeros before and after, in both directions; None for half its size on each side."""
     axis: str | None = "embed"
     """Logical name of the input channels."""
+    out_axis: str | None = "mlp"
+    """Logical name of the output channels."""
     dtype: DType = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
         dtype = resolve(self.dtype)
-        fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015
+        fan_out = nn.initializers.variance_scaling(self.scale, "fan_out", "normal")
+        init = fan_out if self.scale else nn.initializers.zeros
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(fan_out, (None, None, self.axis, "mlp")),
+            nn.with_logical_partitioning(init, (None, None, self.axis, self.out_axis)),
             (self.size, self.size, x.shape[-1], self.features),
         )
         if self.standardize:
@@ -41,17 +50,28 @@ class Conv(nn.Module):
         kernel = sharding.constrain(kernel.astype(dtype), None, None, None, None)
         x = sharding.constrain(x.astype(dtype), "batch", None, None, None)
         if self.size == 1:  # one flat matrix product
-            return matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
-        pad = ((self.size - 1) // 2,) * 2
-        return jax.lax.conv_general_dilated(
-            x, kernel, (self.stride, self.stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+            x = matmul(x[:, :: self.stride, :: self.stride], kernel[0, 0])
+        else:
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (self.stride,) * 2, (self.padded,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, (self.out_axis,))
+            bias = self.param("bias", zeros, (self.features,))
+            x = x + rows(bias.astype(dtype), x.shape)
+        return x
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Zeros before and after."""
+        return self.padding or ((self.size - 1) // 2,) * 2
 
     def flops(self, channels: int, height: int, width: int) -> float:
         """Operations of the forward pass for one picture of this shape, 2 per multiply-add, with none for padding."""
 
         def taps(length: int) -> int:
-            starts = range(-((self.size - 1) // 2), length + (self.size - 1) // 2 - self.size + 1, self.stride)
+            before, after = self.padded
+            starts = range(-before, length + after - self.size + 1, self.stride)
             return sum(min(at + self.size, length) - max(at, 0) for at in starts)
 
         return 2.0 * channels * self.features * taps(height) * taps(width)
@@ -79,3 +99,54 @@ def group_norm(groups: int, epsilon: float, dtype: DType, name: str) -> nn.Modul
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
     )  # fmt: skip
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018) and what follows it: a scale and a shift that are told (Dhariwal & Nichol
+    2021, eq. 8), and silu. Computed in float32."""
+
+    groups: int
+    epsilon: float = 1e-5
+    silu: bool = False
+    dtype: DType = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        scale: Float[Array, "B C"] | None = None,
+        shift: Float[Array, "B C"] | None = None,
+    ) -> Float[Array, "B H W C"]:
+        width = (x.shape[-1],)
+        gain = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), width)
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), width)
+
+        @jax.checkpoint  # backward computes it again, which is cheaper than to keep its parts
+        def run(x, gain, bias, scale, shift):
+            batch, height, wide, channels = x.shape
+            h, places = x.astype(jnp.float32).reshape(batch, height * wide, channels), height * wide
+
+            def mean(h):
+                """Of each group, at each of its channels."""
+                by_group = h.mean(1).reshape(batch, self.groups, -1).mean(-1, keepdims=True)
+                return jnp.broadcast_to(by_group, (batch, self.groups, channels // self.groups)).reshape(batch, -1)
+
+            h = h - spread(mean(h), places)
+            gain = gain * jax.lax.rsqrt(mean(jnp.square(h)) + self.epsilon)
+            bias = jnp.broadcast_to(bias, gain.shape)
+            if scale is not None:
+                gain, bias = gain * (1 + scale.astype(jnp.float32)), bias * (1 + scale.astype(jnp.float32))
+            if shift is not None:
+                bias = bias + shift.astype(jnp.float32)
+            h = h * spread(gain, places) + spread(bias, places)
+            h = jax.nn.silu(h) if self.silu else h
+            return h.reshape(x.shape).astype(resolve(self.dtype))
+
+        return run(x, gain, bias, scale, shift)
+
+
+def doubled(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Twice as high and wide, each pixel four times."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)

@@ -10,7 +10,7 @@ from jaxgen import sharding
 from jaxgen.nn.dtypes import DType
 from jaxgen.nn.linear import Linear
 
-Activation = Literal["gelu", "gelu_exact", "quick_gelu", "relu", "silu", "geglu", "swiglu"]
+Activation = Literal["gelu", "gelu_exact", "quick_gelu", "relu", "silu", "geglu", "geglu_exact", "swiglu"]
 
 _FUNCTIONS = {
     "gelu": jax.nn.gelu,
@@ -19,12 +19,13 @@ _FUNCTIONS = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "geglu": jax.nn.gelu,
+    "geglu_exact": lambda x: jax.nn.gelu(x, approximate=False),
     "swiglu": jax.nn.silu,
 }
 
 
 def is_gated(activation: Activation) -> bool:
-    return activation in ("geglu", "swiglu")
+    return activation in ("geglu", "geglu_exact", "swiglu")
 
 
 class FeedForward(nn.Module):

@@ -35,9 +35,17 @@ def grid(rows: int, columns: int) -> Int[Array, "1 N 2"]:
     return at.reshape(1, rows * columns, 2).astype(jnp.int32)
 
 
-def sincos(coordinates: Int[Array, "B N 2"], width: int) -> Float[Array, "B N E"]:
-    """Sines and cosines of the column and of the row, a quarter of the features each (Chen et al. 2021, MoCo v3)."""
-    frequencies = 10_000.0 ** -(jnp.arange(width // 4) / (width // 4 - 1))
+def unpatchify(patches: Float[Array, "B N P"], rows: int, columns: int, patch: int) -> Float[Array, "B H W C"]:
+    """The picture of rows x columns patches: `patchify` undone."""
+    x = patches.reshape(patches.shape[0], rows, columns, patch, patch, -1).swapaxes(2, 3)
+    return x.reshape(x.shape[0], rows * patch, columns * patch, -1)
+
+
+def sincos(coordinates: Int[Array, "B N 2"], width: int, shift: int = 1) -> Float[Array, "B N E"]:
+    """Sines and cosines of the column and of the row, a quarter of the features each, of periods from 2 pi to
+    2 pi 10,000: that one the last (Chen et al. 2021, MoCo v3), or with `shift` = 0 the first left out (He et al. 2022,
+    MAE)."""
+    frequencies = 10_000.0 ** -(jnp.arange(width // 4) / (width // 4 - shift))
     row, column = jnp.moveaxis(coordinates[..., None] * frequencies, -2, 0)
     return jnp.concatenate([jnp.sin(column), jnp.cos(column), jnp.sin(row), jnp.cos(row)], axis=-1)
 

@@ -7,6 +7,8 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxgen.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -56,3 +58,34 @@ class Rope2D:
         rope = Rope(self.theta)
         parts = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([rope(part, positions[..., i]) for i, part in enumerate(parts)], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeAxes:
+    """Rotary embedding along several axes at once, each turning features of its own (Black Forest Labs 2024, FLUX.1),
+    in the half-split layout: feature i pairs with i + D/2 whatever its axis."""
+
+    axes: tuple[int, ...] = ()
+    """Features of a head that turn by each axis, which are even; () for three axes of which the second and third have
+    7/16 of the features each (16, 56 and 56 of 128)."""
+    theta: float = 10_000.0
+    """Base of the wavelengths of each axis."""
+
+    def sizes(self, head_dim: int) -> tuple[int, ...]:
+        """Features of each axis. Raises UserError where they are not those of a head."""
+        side = head_dim * 7 // 32 * 2
+        sizes = self.axes or (head_dim - 2 * side, side, side)
+        if sum(sizes) != head_dim or any(size % 2 or size < 2 for size in sizes):
+            raise UserError(f"The rotary axes {sizes} are not even shares of a head's {head_dim} features.")
+        return sizes
+
+    def __call__(self, x: Float[Array, "B L H D"], positions: Int[Array, "#B L axes"]) -> Float[Array, "B L H D"]:
+        """Turn each head's features by their position along each axis."""
+        angles = [
+            positions[..., None, i, None].astype(jnp.float32) * Rope(self.theta).frequencies(size)
+            for i, size in enumerate(self.sizes(x.shape[-1]))
+        ]
+        angle = jnp.concatenate(angles, -1)
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)

@@ -26,7 +26,7 @@ Cache = tuple[Float[Array, "N B S K D"], Float[Array, "N B S K D"]]
 Remat = Literal["none", "full", "dots"]
 """What the backward pass finds saved: everything, only each block's input, or that and the matrix products."""
 
-_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Block(nn.Module):
@@ -90,17 +90,18 @@ def hidden_width(width: int, activation: Activation) -> int:
     return -(-width * 8 // 3 // 64) * 64 if is_gated(activation) else 4 * width
 
 
-def init_stack(block: Block, depth: int, width: int, key: jax.Array) -> Any:
-    """Boxed parameters of `depth` blocks, stacked along a leading "layers" axis."""
+def init_stack(block: nn.Module, depth: int, width: int, key: jax.Array, **told: Any) -> Any:
+    """Boxed parameters of `depth` blocks, stacked along a leading "layers" axis. `block` is a `Block` or one like it,
+    and `told` are further arguments of it."""
     block = block.clone(attention=block.attention.clone(kernel="xla", rope=None))  # which hold no parameters
     x = jnp.zeros((1, 1, width))
-    layers = jax.vmap(lambda k: block.init(k, x, Mask())["params"])(jax.random.split(key, depth))
+    layers = jax.vmap(lambda k: block.init(k, x, Mask(), **told)["params"])(jax.random.split(key, depth))
     stack = lambda box: box.replace(names=("layers", *box.names))  # noqa: E731
     return jax.tree.map(stack, layers, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def run_stack(
-    block: Block,
+    block: nn.Module,
     params: Any,
     x: Float[Array, "B L E"],
     masks: Sequence[Mask],
@@ -109,14 +110,16 @@ def run_stack(
     keys: Array | None = None,
     scan: bool = True,
     remat: Remat = "none",
+    **told: Any,
 ) -> tuple[Float[Array, "B L E"], Cache | None]:
     """The stacked blocks one after the other, and the cache that they leave.
 
     `masks` are those of successive layers, repeated to the depth; `keys` turn dropout on, one a layer. `scan` runs the
-    blocks as one compiled loop; otherwise they are unrolled (longer to compile, faster to decode).
+    blocks as one compiled loop; otherwise they are unrolled (longer to compile, faster to decode). `told` are further
+    arguments of the block, the same for each.
     """
     depth, period = jax.tree.leaves(params)[0].shape[0], len(masks)
-    blocks = [_apply(block, mask, positions, remat if cache is None else "none", scan) for mask in masks]
+    blocks = [_apply(block, mask, positions, remat if cache is None else "none", scan, told) for mask in masks]
     layers = (params, cache, keys)
     if not scan:
         kept = []
@@ -137,15 +140,15 @@ def run_stack(
     return x, jax.tree.map(lambda a: a.reshape(depth, *a.shape[2:]), cache)
 
 
-def _apply(block: Block, mask: Mask, positions, remat: Remat, scan: bool):
+def _apply(block: nn.Module, mask: Mask, positions, remat: Remat, scan: bool, told: dict[str, Any]):
     """The block as a function of (x, its parameters, its cache, its dropout key), rematerialised by policy."""
 
     def run(x, params, cache, key):
-        return block.apply({"params": params}, x, mask, positions, cache, key)
+        return block.apply({"params": params}, x, mask, positions, cache, key, **told)
 
     if remat == "none":
         return run
-    return functools.partial(jax.checkpoint, policy=_POLICIES[remat], prevent_cse=not scan)(run)
+    return functools.partial(jax.checkpoint, policy=POLICIES[remat], prevent_cse=not scan)(run)
 
 
 def _unstack(tree, size: int) -> list:

@@ -99,6 +99,10 @@ class Solver:
         """(x at the next station, what is remembered)."""
         raise NotImplementedError
 
+    def changed(self, history: Any) -> Any:
+        """What is still of use of the history after x was changed from outside."""
+        return history
+
 
 # ---- of first order ----
 
@@ -293,35 +297,38 @@ def _ratio(move: Move, back: int) -> Float[Array, ""]:
     return jnp.where(usable, before / jnp.where(usable, h, 1), jnp.inf)
 
 
-@dataclasses.dataclass(frozen=True)
-class DpmPP2M(Solver):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2)."""
+class _TwoPictures(Solver):
+    """Remembers the denoised picture of the step before."""
 
     def start(self, x):
         return Past.of(x, 1)
 
-    def step(self, x, history, move):
-        s, n = move.station(), move.station(1)
-        x0 = move.at(x, s)
-        change = (x0 - history.x0[0]) / _ratio(move, 0)
-        return hold(x, x0 + 0.5 * change, s, n), history.push(x0)
+    def extrapolated(self, x: Picture, history: Past, move: Move) -> tuple[Picture, Past]:
+        """The denoised picture at the middle of the step, along the line through the last two; what is remembered."""
+        x0 = move.at(x, move.station())
+        return x0 + 0.5 * (x0 - history.x0[0]) / _ratio(move, 0), history.push(x0)
 
 
 @dataclasses.dataclass(frozen=True)
-class DpmPP2MSde(Solver):
+class DpmPP2M(_TwoPictures):
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2)."""
+
+    def step(self, x, history, move):
+        x0, history = self.extrapolated(x, history, move)
+        return hold(x, x0, move.station(), move.station(1)), history
+
+
+@dataclasses.dataclass(frozen=True)
+class DpmPP2MSde(_TwoPictures):
     """SDE-DPM-Solver++(2M): the reverse SDE, with the second-order term at the step's middle (Lu et al. 2022, section
     5)."""
 
-    def start(self, x):
-        return Past.of(x, 1)
-
     def step(self, x, history, move):
         s, n = move.station(), move.station(1)
-        x0 = move.at(x, s)
-        change = (x0 - history.x0[0]) / _ratio(move, 0)
+        x0, history = self.extrapolated(x, history, move)
         decay = (n.sigma * s.alpha / (n.alpha * s.sigma)) ** 2  # exp(-2 h)
-        mean = n.sigma / s.sigma * jnp.sqrt(decay) * x + n.alpha * (1 - decay) * (x0 + 0.5 * change)
-        return (mean + n.sigma * jnp.sqrt(1 - decay) * move.noise(0)).astype(x.dtype), history.push(x0)
+        mean = n.sigma / s.sigma * jnp.sqrt(decay) * x + n.alpha * (1 - decay) * x0
+        return (mean + n.sigma * jnp.sqrt(1 - decay) * move.noise(0)).astype(x.dtype), history
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,6 +447,9 @@ class UniPC(Solver):
         used = jnp.where(jnp.isfinite(_growth(s, n)), order, 0)
         return found.astype(x.dtype), (corrected, past, used.astype(jnp.int32))
 
+    def changed(self, history):
+        return *history[:2], jnp.int32(0)  # the corrector would undo the change
+
     def _moved(self, x: Picture, x0: tuple[Picture, ...], move: Move, at: int, order: int, ahead: Picture | None):
         """The step from station `at` on; with the denoised picture `ahead` of its end, the corrector."""
         s, n = move.station(at), move.station(at + 1)
@@ -468,8 +478,16 @@ class UniPC(Solver):
 
 # ---- the loop ----
 
+Replace = Callable[[Picture, Station, Callable[[int], Picture]], Picture]
+"""(x, station, noise) -> x: a change at a station that was reached, given fresh noise by its number."""
 
-def solve(
+
+def solve(*args: Any, **settings: Any) -> Picture:
+    """x alone of `solve_checked`."""
+    return solve_checked(*args, **settings)[0]
+
+
+def solve_checked(
     solver: Solver,
     denoise: Denoise,
     path: Path,
@@ -480,33 +498,55 @@ def solve(
     condition: Any = None,
     begin: Int[Array, ""] | int = 0,
     callback: Callable[[Int[Array, ""], Picture], None] | None = None,
-    edit: Callable[[Picture, Station, Callable[[int], Picture]], Picture] | None = None,
-) -> Picture:
-    """x taken from station `begin` to station `steps`.
+    replace: Replace | None = None,
+    repeats: Int[Array, ""] | int = 1,
+) -> tuple[Picture, Int[Array, ""]]:
+    """x taken from station `begin` to station `steps`; and the first step that left values that are not finite, or -1.
 
     Args:
       x: at station `begin`: noise of `prior`, or a picture with noise of its level added.
       keys: one for each example, (B,): all randomness of an example is its own key's.
       callback: called on the host with (step, x) after each step.
-      edit: changes x at each station it comes to, given the noise of that step: for inpainting.
+      replace: changes x at each station it comes to: for inpainting.
+      repeats: how often each step is taken with `replace`, with noise back to its beginning in between (Lugmayr et al.
+        2022, algorithm 1).
     """
     begin, steps = jnp.asarray(begin, jnp.int32), jnp.asarray(steps, jnp.int32)
 
     def one(carry):
-        i, x, history = carry
+        i, x, history, bad = carry
 
-        def noise(number: int) -> Picture:
-            return normals(jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, i), number))(keys), x)
+        def pass_of(number):
+            """The step, and its change, with noise of its own in each pass."""
 
-        move = Move(denoise, path, condition, levels, i, begin, steps, noise)
-        x, history = solver.step(x, history, move)
-        if edit is not None:
-            x = edit(x, move.station(1), lambda number: noise(number + 100))
+            def noise(k: int) -> Picture:
+                own = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, i), k + 1000 * number))
+                return normals(own(keys), x)
+
+            return Move(denoise, path, condition, levels, i, begin, steps, noise)
+
+        if replace is None:
+            x, history = solver.step(x, history, pass_of(0))
+        else:
+
+            def again(number, now):
+                x, _ = now
+                move = pass_of(number)
+                s, n = move.station(), move.station(1)
+                kept = s.alpha / n.alpha
+                noisier = kept * x + jnp.sqrt(jnp.maximum(s.sigma**2 - (kept * n.sigma) ** 2, 0)) * move.noise(101)
+                x = jnp.where(number > 0, noisier, x).astype(x.dtype)
+                x, new = solver.step(x, history, move)
+                return replace(x, n, lambda k: move.noise(102 + k)).astype(x.dtype), solver.changed(new)
+
+            x, history = jax.lax.fori_loop(0, repeats, again, (x, history))
         if callback is not None:
             jax.debug.callback(callback, i + 1, x)
-        return i + 1, x, history
+        bad = jnp.where((bad < 0) & ~jnp.isfinite(x).all(), i + 1, bad)
+        return i + 1, x, history, bad
 
-    return jax.lax.while_loop(lambda carry: carry[0] < steps, one, (begin, x, solver.start(x)))[1]
+    first = begin, x, solver.start(x), jnp.int32(-1)
+    return jax.lax.while_loop(lambda carry: carry[0] < steps, one, first)[1::2]
 
 
 def normals(keys: Array, like: Picture) -> Picture:

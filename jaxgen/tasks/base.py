@@ -37,6 +37,8 @@ class Context:
     """The moving average of all parameters (by part), or None when the experiment keeps none."""
     train: bool = flax.struct.field(pytree_node=False, default=True)
     """False in evaluation: no dropout, no augmentation."""
+    size: int = flax.struct.field(pytree_node=False, default=0)
+    """Examples of the whole batch; 0 for those at hand."""
 
     def keys(self) -> Array:
         """A random key for each example, from (seed, step, index) alone: (B,)."""

@@ -85,6 +85,11 @@ def check(spec: Spec, model: nn.Module, mean: tuple[float, ...], std: tuple[floa
     channels = spec["image"].shape[-1] if "image" in spec else getattr(model, "channels", 3)
     if getattr(model, "channels", channels) != channels:
         raise UserError(f"The data's pictures have {channels} channels and {where}.channels is {model.channels}.")
+    check_scale(mean, std, channels)
+
+
+def check_scale(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
+    """Raises UserError for a task's mean and std that are not for pictures of so many channels."""
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             right, have = ("1", "1 channel") if channels == 1 else (f"1 or {channels}", f"{channels} channels")

@@ -24,11 +24,14 @@ from jaxgen.data.loader import Loader
 from jaxgen.data.sheets import png
 from jaxgen.errors import UserError
 from jaxgen.evaluation.base import Evaluation, Measure, Setting
+from jaxgen.evaluation.features import filled
 from jaxgen.sharding import Sharding
 from jaxgen.training import leaves
 from jaxgen.training import metrics as metering
 from jaxgen.training.checkpoint import Checkpoints, reached_preemption
+from jaxgen.training.ema import Ema, PowerEma
 from jaxgen.training.hardware import peak_flops
+from jaxgen.training.opening import network
 from jaxgen.training.parameters import merge
 from jaxgen.training.state import TrainState
 from jaxgen.training.step import Program
@@ -123,8 +126,14 @@ def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Sourc
     data = experiment.data.prepare(progress=console.prepare)
     experiment.task.check_data(data)
     setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed, console.skipped)
-    measures = [(e, e.build(setting)) for e in experiment.evaluations]
-    for source in pretrained if new else ():
+    measuring = {s.pretrained: s.directory for s in pretrained if s.path.startswith("evaluations.")}
+    learned_from = [s for s in pretrained if not s.path.startswith("evaluations.")]
+
+    def opened(wanted):
+        return network(wanted, measuring[wanted], program.sharding)
+
+    measures = [(e, filled(e, opened).build(setting)) for e in experiment.evaluations]
+    for source in learned_from if new else ():
         _origin(program, source)  # a mistake in it leaves no run behind
 
     for change in _enter(directory, experiment, data, pretrained, held):
@@ -132,7 +141,7 @@ def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Sourc
     checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, report=console.say)
     state = _restore(program, checkpoints)
     if state is None:
-        state, origins = _begin(program, experiment, checkpoints, pretrained)
+        state, origins = _begin(program, experiment, checkpoints, learned_from)
         if origins and lead:
             _note(directory, pretrained=origins)
     else:
@@ -327,7 +336,10 @@ def _origin(program: Program, source: Source) -> tuple[Checkpoints, Any, str, st
     theirs = wanted.part.removeprefix("task.").split(".")[0]
     step = wanted.step if wanted.step in ("latest", "best") else int(wanted.step)
     contents = reader.contents(step)
-    averaged, moved = (any(name.startswith(f"{kind}/{theirs}/") for name in contents) for kind in ("ema", "state"))
+    averaged, moved = (
+        next((at for at in places if any(name.startswith(f"{at}/{theirs}/") for name in contents)), "")
+        for places in ((Ema.part, PowerEma.part), ("state",))
+    )
     state, part = program.shapes.state, source.path.removeprefix("task.").split(".")[0]
     wants = isinstance(state, dict) and part in state
     if moved and not wants:
@@ -340,7 +352,7 @@ def _origin(program: Program, source: Source) -> tuple[Checkpoints, Any, str, st
             f"The task keeps state of {source.path}, such as batch statistics, and {wanted.source} keeps none of "
             f"{wanted.part}."
         )
-    tree = f"{'ema' if wanted.weights == 'ema' and averaged else 'params'}/{theirs}"
+    tree = f"{averaged if wanted.weights == 'ema' and averaged else 'params'}/{theirs}"
     return reader, step, tree, f"state/{theirs}" if moved else ""
 
 
@@ -348,7 +360,7 @@ def _read_pretrained(program: Program, source: Source, part: str) -> tuple[Any, 
     """The weights of a source's part, streamed into this run's layout, its state or None, and what names them."""
     target = merge(program.shapes.params, program.shapes.frozen)[part]
     reader, step, tree, kept = _origin(program, source)
-    theirs = tree.partition("/")[2]
+    theirs = tree.rpartition("/")[2]
     cold = {name.removeprefix(f"{theirs}/") for name in reader.contents_once("frozen", theirs)}  # which did not move
     names = jax.tree.unflatten(jax.tree.structure(target), leaves.named(target))
 
@@ -557,6 +569,8 @@ def _conclude(run: _Run) -> None:
         if "xz" in name:
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     for path in sorted((run.directory / "samples").glob(f"{run.step:08d}-*.txt")):
+        if path.stem.endswith("-settings"):  # data, for programs
+            continue
         print(f"\n{path.read_text(encoding='utf-8')}")
     print(f"run directory: {run.directory}")
     sys.stdout.flush()

@@ -15,7 +15,7 @@ from jaxgen.errors import UserError
 from jaxgen.sharding import Sharding, names_of, unbox
 from jaxgen.tasks.base import Batch, Context, Loss, Player, Spec, Task, batch_shardings, split
 from jaxgen.training import parameters
-from jaxgen.training.ema import Ema
+from jaxgen.training.ema import Ema, PowerEma
 from jaxgen.training.optimizers import Optimizer, global_norm, state_axes, updates
 from jaxgen.training.state import TrainState
 
@@ -31,7 +31,7 @@ class Program:
     """Shapes of the global batch of data."""
     steps: int
     microbatches: int = 1
-    ema: Ema | None = None
+    ema: Ema | PowerEma | None = None
 
     def __post_init__(self):
         size = self.batch_size
@@ -127,7 +127,7 @@ class Program:
                 )
                 for player in self.players
             },
-            ema=None if plain.ema is None else lay(plain.ema, trainable),
+            ema=None if plain.ema is None else lay(plain.ema, self.ema.like(trainable)),
             skipped=whole,
         )
 
@@ -266,7 +266,8 @@ class Program:
 
         def loss_of(trainable, part, index, micro, state):
             params = parameters.merge({**train_state.params, **trainable}, train_state.frozen)
-            context = Context(jax.random.fold_in(micro_key, micro), step_key, train_state.step, index, state, ema)
+            own_key = jax.random.fold_in(micro_key, micro)
+            context = Context(own_key, step_key, train_state.step, index, state, ema, size=self.batch_size)
             loss = player.loss(params, part, context)
             loss = loss.replace(state=state if loss.state is None else loss.state)
             # the weight of a batch in parts is known at the end alone; else this saves a pass over the gradient

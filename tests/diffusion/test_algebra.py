@@ -20,10 +20,12 @@ from jaxgen.diffusion.weightings import (
     Steps,
     Uniform,
     UniformTimes,
+    VelocityWeight,
     uniforms,
 )
 from jaxgen.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("double")
 ANGLE = Interpolant(lambda t: 1 - t**2, lambda t: jnp.sqrt(1 - (1 - t**2) ** 2))
 PATHS = {
     "linear": Linear(), "cosine": Cosine(), "exploding": VarianceExploding(), "flow": Flow(), "shifted": Flow(3.0),
@@ -31,16 +33,6 @@ PATHS = {
 }  # fmt: skip
 PREDICTIONS = [Epsilon(), X0(), V(), Velocity(), Score(), Edm()]
 T = np.array([0.02, 0.1, 0.35, 0.5, 0.77, 0.99])
-
-
-def name(x):
-    return getattr(x, "__name__", None) or repr(x).replace("()", "")  # a function's repr is another in every process
-
-
-@pytest.fixture(autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
 
 
 # ---- paths ----
@@ -139,7 +131,7 @@ def test_mistakes(make, message):
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("prediction", PREDICTIONS, ids=name)
+@pytest.mark.parametrize("prediction", PREDICTIONS, ids=mixture.name)
 def test_target_gives_the_picture_back(path, prediction):
     rng = np.random.default_rng(0)
     x0, noise = jnp.asarray(rng.standard_normal((2, 6, 3)))
@@ -201,9 +193,9 @@ def test_learned_variance_is_split_off():
         (P2(1.0, 0.5), lambda snr: snr / (1 + snr) ** 0.5),
         (EdmWeight(0.5), lambda snr: snr + 4),
     ],
-    ids=name,
+    ids=mixture.name,
 )
-@pytest.mark.parametrize("prediction", PREDICTIONS, ids=name)
+@pytest.mark.parametrize("prediction", PREDICTIONS, ids=mixture.name)
 def test_a_weighting_is_of_the_picture_s_error(weighting, of_x0, prediction):
     """Whatever is predicted, the same error of x0 costs the same."""
     path, t = Linear(), jnp.asarray(T)
@@ -217,12 +209,14 @@ def test_a_weighting_is_of_the_picture_s_error(weighting, of_x0, prediction):
 def test_simple_losses():
     """Epsilon's simple loss is SNR weighting; Edm's own weights make the output's error count alike."""
     a, s = Linear().alpha(jnp.asarray(T)), Linear().sigma(jnp.asarray(T))
+    np.testing.assert_allclose(VelocityWeight(0).of_output(Velocity().coefficients(a, s)[2], a, s), 1, rtol=1e-9)
+    np.testing.assert_allclose(VelocityWeight(2.0).of_x0(a, s), (a + s) ** 2 / 4, rtol=1e-9)
     np.testing.assert_allclose(Snr().of_output(Epsilon().coefficients(a, s)[2], a, s), 1, rtol=1e-9)
     np.testing.assert_allclose(EdmWeight().of_output(Edm().coefficients(a, s)[2], a, s), 1, rtol=1e-9)
     np.testing.assert_array_equal(Uniform().of_output(a, a, s), np.ones(6))
 
 
-@pytest.mark.parametrize("times", [UniformTimes(), LogitNormal(0.5, 0.7), LogNormal(), Steps(10)], ids=name)
+@pytest.mark.parametrize("times", [UniformTimes(), LogitNormal(0.5, 0.7), LogNormal(), Steps(10)], ids=mixture.name)
 def test_times_have_their_distribution(times):
     path, u = VarianceExploding(), jnp.asarray((np.arange(20_000) + 0.5) / 20_000)
     t = np.asarray(times.at(u, path))

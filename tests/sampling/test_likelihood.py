@@ -10,11 +10,7 @@ from jaxgen.diffusion.paths import Flow, Linear, VarianceExploding
 from jaxgen.sampling import grids, solvers
 from jaxgen.sampling.likelihood import bits_per_dim, invert, log_likelihood
 
-
-@pytest.fixture(autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def examples(count=32):

@@ -14,6 +14,7 @@ from jaxgen.diffusion.predictions import X0, Edm, Epsilon, Score, V, Velocity
 from jaxgen.sampling import grids, solvers
 from jaxgen.sampling.grids import Levels
 
+pytestmark = pytest.mark.usefixtures("double")
 PATHS = {
     "linear": Linear(), "cosine": Cosine(), "exploding": VarianceExploding(), "flow": Flow(), "shifted": Flow(3.0),
     "table": Table.linear(1000),
@@ -29,16 +30,6 @@ STOCHASTIC = [
     solvers.Ddim(1.0), solvers.Ddpm("small"), solvers.Ddpm("large"), solvers.EulerAncestral(), solvers.DpmPP2MSde(),
     solvers.EdmStochastic(churn=20.0, noise_scale=1.0),
 ]  # fmt: skip
-
-
-def name(x):
-    return getattr(x, "__name__", None) or repr(x).replace("()", "")  # a function's repr is another in every process
-
-
-@pytest.fixture(autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
 
 
 def spread(path, steps, high=3.0, low=0.3):
@@ -70,7 +61,7 @@ def exact(path):
     return np.asarray(ends[1] + (ends[1] - ends[0]) / 3)
 
 
-@pytest.mark.parametrize(("solver", "order"), ORDERS, ids=name)
+@pytest.mark.parametrize(("solver", "order"), ORDERS, ids=mixture.name)
 def test_order(solver, order):
     """Twice the steps divide the error by 2 to the power of the order."""
     path, errors = Linear(), []
@@ -83,7 +74,7 @@ def test_order(solver, order):
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("prediction", PREDICTIONS, ids=name)
+@pytest.mark.parametrize("prediction", PREDICTIONS, ids=mixture.name)
 def test_predictions_change_nothing(path, prediction):
     """The mixture's denoiser as a network of each kind, on each path."""
     levels, denoise = spread(path, 8), mixture.denoiser(path)
@@ -97,7 +88,7 @@ def test_predictions_change_nothing(path, prediction):
     np.testing.assert_allclose(Denoiser(network, path, prediction)(x, t, t), denoise(x, t), atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", [s for s, _ in ORDERS if s != solvers.Heun("straight")], ids=name)
+@pytest.mark.parametrize("solver", [s for s, _ in ORDERS if s != solvers.Heun("straight")], ids=mixture.name)
 def test_paths_change_nothing(solver):
     """From the same noise levels each path goes the same way, up to alpha."""
     found = {}
@@ -109,8 +100,8 @@ def test_paths_change_nothing(solver):
         np.testing.assert_allclose(x, found["linear"], atol=2e-6, err_msg=kind)
 
 
-@pytest.mark.parametrize("solver", [*(s for s, _ in ORDERS), *STOCHASTIC, solvers.Consistency()], ids=name)
-@pytest.mark.parametrize("path", [Linear(), Flow(), Cosine(), VarianceExploding()], ids=name)
+@pytest.mark.parametrize("solver", [*(s for s, _ in ORDERS), *STOCHASTIC, solvers.Consistency()], ids=mixture.name)
+@pytest.mark.parametrize("path", [Linear(), Flow(), Cosine(), VarianceExploding()], ids=mixture.name)
 def test_ends_at_pictures(solver, path):
     """From pure noise, where some paths leave nothing of the data, to no noise; one step gives the mean."""
     levels = grids.UniformGrid().levels(path, 12, 16)
@@ -125,7 +116,7 @@ def test_ends_at_pictures(solver, path):
     assert run._cache_size() == 1, "another number of steps compiles nothing"
 
 
-@pytest.mark.parametrize("solver", STOCHASTIC, ids=name)
+@pytest.mark.parametrize("solver", STOCHASTIC, ids=mixture.name)
 def test_marginals(solver):
     """What stochastic solvers draw has the mixture's moments and density."""
     path, count, steps = Linear(), 4000, 200

@@ -1,0 +1,107 @@
+"""What a diffusion network is told besides the noisy picture and its time, and how it takes it in."""
+
+import typing
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxgen import sharding
+from jaxgen.nn.attention import Mask
+from jaxgen.nn.dtypes import DType
+from jaxgen.nn.linear import Embedding, Linear
+
+
+@typing.no_type_check  # as any tree, it may also hold shapes, shardings or axes
+@flax.struct.dataclass
+class Conditions:
+    """Each may be missing; a network says which it takes. Examples come first."""
+
+    classes: Int[Array, "B"] | None = None
+    """Number of the class; the number of classes itself stands for none."""
+    tokens: Float[Array, "B L E"] | None = None
+    """Embedded text (or anything else) to attend to."""
+    mask: Bool[Array, "B L"] | None = None
+    """Which tokens are there; all by default."""
+    pooled: Float[Array, "B P"] | None = None
+    """One vector for the whole, such as a text's pooled embedding."""
+    sizes: Float[Array, "B S"] | None = None
+    """Numbers that tell of the picture: SDXL's height and width before resizing, top and left of the part cut out, and
+    height and width wanted (Podell et al. 2023, section 2.2)."""
+    image: Float[Array, "B H W K"] | None = None
+    """A picture beside the noisy one: masks and what they leave, a picture to be edited, a smaller one."""
+
+
+def sinusoids(label: Float[Array, "*n"], width: int, shift: int = 0, longest: float = 1e4) -> Float[Array, "*n width"]:
+    """Cosines and sines of the label, of periods from 2 pi to 2 pi `longest` (Vaswani et al. 2017, section 3.5). The
+    longest itself is the first left out, or with `shift` = 1 the last."""
+    half = width // 2
+    frequencies = np.exp(-np.log(longest) * np.arange(half) / max(half - shift, 1)).astype(np.float32)
+    angles = label.astype(jnp.float32)[..., None] * frequencies
+    parts = [jnp.cos(angles), jnp.sin(angles)] + [jnp.zeros_like(angles[..., :1])] * (width % 2)
+    return jnp.concatenate(parts, -1)
+
+
+def seen_with(mask: Bool[Array, "B L"] | None, places: int, before: bool = True) -> Mask:
+    """Who sees whom among L tokens of a text and `places` of a picture in one sequence, the text `before` or after it:
+    all that are there see each other, and nobody sees padding (which sees itself)."""
+    if mask is None:
+        return Mask("bidirectional")
+    around = ((0, 0), (0, places) if before else (places, 0))
+    return Mask("bidirectional", query_segments=jnp.pad(mask, around, constant_values=True).astype(jnp.int32))
+
+
+class Telling(nn.Module):
+    """One vector of the time, the class, the pooled embedding and the sizes: the sum of what is made of each."""
+
+    features: int
+    periods: int
+    """Cosines and sines of the time."""
+    classes: int = 0
+    pooled: int = 0
+    """Size of the pooled embedding; 0 for none."""
+    sizes: int = 0
+    """How many sizes are told, each by `size_periods` cosines and sines beside the pooled embedding."""
+    size_periods: int = 256
+    period_shift: int = 0
+    """Of the time's periods (see `sinusoids`)."""
+    dtype: DType = "auto"
+
+    @nn.compact
+    def __call__(self, label: Float[Array, "B"], conditions: Conditions) -> Float[Array, "B F"]:
+        def linear(name, x):
+            layer = Linear((self.features,), (("embed",), ("mlp",)), dtype=self.dtype, name=name)
+            # else XLA lays these out by the weights, and has been seen to mix examples up (jax 0.10.2)
+            return sharding.constrain(layer(sharding.constrain(x, "batch", None)), "batch", None)
+
+        def mlp(x, name):
+            return linear(f"{name}_out", jax.nn.silu(linear(f"{name}_in", x)))
+
+        found = mlp(sinusoids(label, self.periods, self.period_shift), "time")
+        if self.classes:
+            table = Embedding(self.classes + 1, self.features, (None, "embed"), dtype=self.dtype, name="classes")
+            none = jnp.full(label.shape, self.classes, jnp.int32)
+            found = found + table(none if conditions.classes is None else conditions.classes)
+        told = []
+        if self.pooled:
+            told.append(_demand(conditions.pooled, "a pooled embedding").astype(jnp.float32))
+        if self.sizes:
+            waves = sinusoids(_demand(conditions.sizes, "sizes"), self.size_periods)
+            told.append(waves.reshape(waves.shape[0], -1))
+        if told:
+            found = found + mlp(jnp.concatenate(told, -1), "pooled")
+        return found
+
+    def flops(self) -> float:
+        """Operations of the forward pass for one example: matrix products alone, 2 per multiply-add."""
+        told = self.pooled + self.sizes * self.size_periods
+        return 2.0 * self.features * (self.periods + self.features + (told + self.features if told else 0))
+
+
+def _demand(x: Array | None, what: str) -> Array:
+    if x is None:
+        raise ValueError(f"the network takes {what}, and the conditions have none")
+    return x

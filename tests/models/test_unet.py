@@ -1,0 +1,154 @@
+"""U-Nets: against NumPy, what they are told, their start, their operations, on a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import network_reference as reference
+import numpy as np
+import pytest
+from networks import LABEL, Flat, counted, expected_of, forward, normal, params_of
+from quick import jit
+from towers import close, on_mesh, random_of, shapes_of
+
+from jaxgen.errors import UserError
+from jaxgen.models.conditions import Conditions
+from jaxgen.models.unet import UNet
+from jaxgen.sharding import unbox
+
+BASE = UNet(out=2, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head_dim=8, groups=4)
+X = normal(0, 2, 8, 4, 2)
+TEXT = Conditions(
+    tokens=normal(1, 2, 5, 6), mask=jnp.asarray([[True] * 5, [True, True, False, False, False]]),
+    pooled=normal(2, 2, 7), sizes=jnp.asarray([[64.0, 32.0], [7.0, 0.0]]),
+)  # fmt: skip
+READING = BASE.clone(
+    attention=(), readers=(0, 2), heads=2, text=6, pooled=7, sizes=2, size_periods=6, scale_shift=False
+)
+FORMS = {
+    "ddpm": (BASE.clone(scale_shift=False, heads=1, multipliers=(1, 1, 2), out=4), Conditions()),
+    "adm": (BASE.clone(classes=3, blocks=2), Conditions(classes=jnp.asarray([1, 3]))),
+    "reading": (READING, TEXT),
+    "beside": (
+        BASE.clone(readers=(1,), multipliers=(1,), attention=(), text=6, channels=5),
+        Conditions(image=normal(3, 2, 8, 4, 3), tokens=TEXT.tokens),
+    ),
+}
+
+
+@functools.cache
+def params(form):
+    model, told = FORMS[form]
+    return params_of(model, X, told)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_agrees_with_numpy(form):
+    model, told = FORMS[form]
+    expected = expected_of(reference.unet, model, params(form), X, LABEL, told)
+    assert expected.std() > 0.1
+    close(forward(model, params(form), X, LABEL, told), expected, 1e-4)
+
+
+def test_starts_at_zero():
+    """The last convolution is of zeros, and has a gradient."""
+    model, told = BASE.clone(multipliers=(1,), attention=()), Conditions()
+    started = unbox(jit(model.init)(jax.random.key(0), X, LABEL, told)["params"])
+    assert not np.any(forward(model, started, X, LABEL, told))
+    gradient = jit(jax.grad(lambda p: jnp.square(model.apply({"params": p}, X, LABEL, told) - X).sum()))(started)
+    assert np.abs(gradient["out"]["kernel"]).max() > 0.1
+    assert not np.any(gradient["in"]["kernel"])
+
+
+def test_padding_is_not_read():
+    """Tokens that are not there have no gradient, also where none is."""
+    model, told = FORMS["reading"]
+    p = params("reading")
+
+    def total(tokens, mask):
+        return jnp.square(model.apply({"params": p}, X, LABEL, told.replace(tokens=tokens, mask=mask))).sum()
+
+    for mask in (told.mask, told.mask.at[1].set(False)):
+        gradient = np.abs(np.asarray(jit(jax.grad(total))(told.tokens, mask))).max(-1)
+        np.testing.assert_array_equal(gradient > 0, np.asarray(mask))
+    none = told.replace(mask=told.mask.at[1].set(False))
+    expected = expected_of(reference.unet, model, p, X, LABEL, none)
+    close(forward(model, p, X, LABEL, none), expected, 1e-4)
+
+
+def test_dropout():
+    model, told = FORMS["beside"]
+    whole = forward(model, params("beside"), X, LABEL, told)
+    dropped = forward(model.clone(dropout=0.5), params("beside"), X, LABEL, told, jax.random.key(1))
+    assert np.abs(dropped - whole).max() > 0.01
+
+
+def test_in_bfloat16():
+    model, told = FORMS["reading"]
+    found = forward(model.clone(dtype="bfloat16"), params("reading"), X, LABEL, told)
+    assert found.dtype == jnp.float32
+    close(found, forward(model, params("reading"), X, LABEL, told), 0.1)
+
+
+@pytest.mark.parametrize("case", ["adm", "text"])
+def test_counts_its_operations(case):
+    """Within 3 % of the compiler's count of the unrolled program, forward and with the gradient."""
+    model = UNet(
+        out=3, width=128, multipliers=(1, 2), blocks=1, classes=10, head_dim=32, scan=False, dtype="float32"
+    )
+    x, label = jnp.zeros((2, 16, 16, 3)), jnp.zeros(2)
+    told, length = Conditions(), 0
+    if case == "text":
+        model, length = model.clone(readers=(0, 2), text=96, pooled=48, sizes=2, scale_shift=False), 24
+        told = Conditions(tokens=jnp.zeros((2, length, 96)), pooled=jnp.zeros((2, 48)), sizes=jnp.zeros((2, 2)))
+    p = shapes_of(model, x, label, told)["params"]
+
+    def total(p, x, label, told):
+        return model.apply({"params": p}, x, label, told).sum()
+
+    analytic = 2 * model.flops_per_example((16, 16, 3), length)
+    for function, times in ((total, 1), (jax.grad(total), 3)):
+        assert counted(function, p, x, label, told) == pytest.approx(times * analytic, rel=0.03)
+
+
+def test_on_a_mesh_as_alone():
+    """In value and gradient, with what is scanned unrolled and all computed again backward: which change nothing."""
+    model = Flat(READING.clone(pooled=8, text=8, readers=(0, 1)), ("tokens", "mask", "pooled", "sizes"))
+    inputs = (
+        normal(4, 8, 8, 8, 2), jnp.linspace(0.0, 900.0, 8), normal(5, 8, 4, 8), jnp.arange(32).reshape(8, 4) % 5 < 3,
+        normal(6, 8, 8), normal(7, 8, 2) * 10,
+    )  # fmt: skip
+
+    def run(model, variables, *inputs):
+        return jax.value_and_grad(lambda v: jnp.square(model.apply(v, *inputs)).mean())(variables)
+
+    variables, other = random_of(model, *inputs), model.clone(net=model.net.clone(scan=False, remat="full"))
+    found, split = on_mesh(functools.partial(run, other), model, variables, inputs, data=2, fsdp=2, tensor=2)
+    assert split > 20
+    close(found, jit(functools.partial(run, model))(variables, *inputs), 2e-4)
+
+
+@pytest.mark.parametrize(("change", "shape", "words"), [
+    ({"width": 0}, (8, 4, 2), "out, width, blocks, groups and multipliers of a U-Net are at least 1."),
+    ({"readers": (1,), "text": 6}, (8, 4, 2), "1 readers are not one for each of 2 levels."),
+    ({"readers": (0, 1)}, (8, 4, 2), "A U-Net with readers needs the size of the text's embeddings (text)."),
+    ({"attention": (2,)}, (8, 4, 2), "There is no level 2 for attention: there are 2, from 0."),
+    ({"groups": 3}, (8, 4, 2), "Level 0 has 8 features, no multiple of the 3 groups of its norms."),
+    ({"heads": 3}, (8, 4, 2), "Level 1 has 16 features, no multiple of its 3 heads."),
+    ({"attention": (0,), "head_dim": 16}, (8, 4, 2), "Level 0 has 8 features, no multiple of its head size 16."),
+    ({}, (7, 4, 2), "A U-Net of 2 levels takes pictures whose sides are multiples of 2, not 7 x 4."),
+    ({}, (8, 4, 3), "out = 2 is neither the picture's 3 channels nor twice as many (for a learned variance)."),
+])  # fmt: skip
+def test_what_does_not_fit(change, shape, words):
+    with pytest.raises(UserError) as caught:
+        BASE.clone(**change).check(shape)
+    assert str(caught.value) == words
+
+
+def test_conditions_that_are_missing():
+    model, told = FORMS["reading"]
+    for missing, words in (("tokens", "have no tokens"), ("pooled", "takes a pooled"), ("sizes", "takes sizes")):
+        with pytest.raises(ValueError, match=words):
+            model.apply({"params": params("reading")}, X, LABEL, told.replace(**{missing: None}))
+    with pytest.raises(UserError, match="A picture of 2 channels does not fit a U-Net of 5."):
+        FORMS["beside"][0].apply({"params": params("beside")}, X, LABEL, TEXT)
