@@ -1,6 +1,6 @@
-"""Emoji of their names: 3,161 real pictures at 64 pixels.
+"""Emoji of their names: the 3,161 real pictures of experiments/clip/emoji.py, at 64 pixels.
 
-    jaxgen train experiments/diffusion/emoji.py --data.root DIR    # DIR holds emoji72.tar, see experiments/clip/emoji.py
+    jaxgen train experiments/diffusion/emoji.py --data.root DIR    # DIR holds emoji72.tar
     jaxgen sample runs/emoji_diffusion --prompt "a black cat" --guidance 3 --n 16
 
 Without a folder the small form makes drawn scenes of their captions. Not run in full yet.

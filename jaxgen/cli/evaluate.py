@@ -13,7 +13,7 @@ from jaxgen.cli import options
 from jaxgen.cli.main import DONE
 from jaxgen.errors import UserError, nearest
 
-LIKELIHOOD = "bpd"
+LIKELIHOOD, RECOGNISED, FACTS = "bpd", "recognised", "facts"
 WEIGHTS = (".safetensors", ".npz")
 SETTINGS = "-settings"
 """Ends the names of texts that are data."""
@@ -31,7 +31,8 @@ def parser() -> options.Parser:
     parser.add_argument("--json", action="store_true", help="print data for programs")
     drawn = parser.add_argument_group("pictures that the run draws, beside held-out ones")
     drawn.add_argument("--metrics", metavar="A,B,...", help="of fd, kid, precision_recall, density_coverage, "
-                       f"inception_score, cmmd, clip_score and {LIKELIHOOD} (bits per dimension)")
+                       f"inception_score, cmmd, clip_score, {RECOGNISED} (of a class, by a classifier), {FACTS} "
+                       f"(of drawn scenes) and {LIKELIHOOD} (bits per dimension)")
     drawn.add_argument("--features", metavar="FILE", help="FID's InceptionV3 (.safetensors or .npz), or the run or "
                        "experiment file of a classifier (the one that the run's experiment names)")
     drawn.add_argument("--n", type=int, metavar="N", help="pictures to draw (10,000)")
@@ -104,29 +105,36 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def of_metrics(arguments: argparse.Namespace, experiment: Any) -> tuple[Any, ...]:
     """The evaluations that --metrics names, of pictures drawn as the experiment draws them for its own."""
-    from jaxgen.evaluation.generated import METRICS, BitsPerDim, Drawing, Generated
+    from jaxgen.evaluation.generated import METRICS, BitsPerDim, Drawing, FactsRight, Generated, Recognised
     from jaxgen.sampling.diffusion import Sampling
 
     names = [name.strip() for name in arguments.metrics.split(",") if name.strip()]
-    known = (*METRICS, LIKELIHOOD)
+    pictures = (*METRICS, RECOGNISED, FACTS)
+    known = (*pictures, LIKELIHOOD)
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"--metrics names {unknown[0]}{nearest(unknown[0], known)}; there are {', '.join(known)}")
     if not names:
         raise UserError(f"--metrics names nothing; there are {', '.join(known)}")
     task, found = experiment.task, []
-    if drawn := tuple(name for name in METRICS if name in names):
+    if drawn := tuple(name for name in pictures if name in names):
         if not hasattr(task, "sample"):
             raise UserError(f"{drawn[0]} of --metrics is of pictures that a run draws, and a {type(task).__name__} "
                             "draws none")
         own = sorted(experiment.evaluations, key=lambda e: not isinstance(e, Generated))   # its own first
         ways = (getattr(e, "sampling", None) for e in own)
         sampling = next((way for way in ways if isinstance(way, Sampling)), Sampling())
-        if (features := _network(arguments.features) or _named(experiment)) is None:
+        features = _network(arguments.features) or _named(experiment)
+        if features is None and drawn != (FACTS,):
             raise UserError(
                 "a network is needed to see pictures with, and the run's experiment names none: give --features FILE, "
                 "FID's InceptionV3 as .safetensors or .npz, or the run directory of a classifier"
             )
-        found.append(Generated(n=arguments.n or Drawing.n, sampling=sampling, metrics=drawn, features=features))
+        if compared := tuple(name for name in METRICS if name in names):
+            found.append(Generated(n=arguments.n or Drawing.n, sampling=sampling, metrics=compared, features=features))
+        if RECOGNISED in names:
+            found.append(Recognised(n=arguments.n or Recognised.n, sampling=sampling, classifier=features))
+        if FACTS in names:
+            found.append(FactsRight(n=arguments.n or FactsRight.n, sampling=sampling))
     if LIKELIHOOD in names:
         found.append(BitsPerDim(n=arguments.n or 0))
     return tuple(found)

@@ -80,11 +80,18 @@ def described(found: Any, destination: Path, tokenizer: Any) -> Any:
     from jaxgen.evaluation.retrieval import Retrieval
     from jaxgen.experiment import Experiment
     from jaxgen.models.clip import CLIP
+    from jaxgen.models.resnet import ResNet
+    from jaxgen.models.vit import ViT
     from jaxgen.tasks.classification import Classification
     from jaxgen.tasks.contrastive import Contrastive
     from jaxgen.training.optimizers import AdamW
 
     module, pictures = found.module, found.pictures
+    if not isinstance(module, CLIP | ViT | ResNet):
+        raise UserError(
+            f"a {type(module).__name__} is one part of a pipeline, and no model on its own; "
+            "jaxgen.interop.families.component reads it"
+        )
     shown = dict(size=pictures.size, channels=getattr(module, "channels", 3), fit=_fit(pictures))
     normal = dict(mean=pictures.mean, std=pictures.std)
     if isinstance(module, CLIP):

@@ -126,11 +126,12 @@ def chosen(name: str, module: Any, base: type, option: str) -> type:
     kinds = {
         k.lower().removesuffix("grid"): v for k, v in vars(module).items()
         if isinstance(v, type) and issubclass(v, base) and v is not base and not k.startswith("_")
-        and not any(f.default is dataclasses.MISSING for f in dataclasses.fields(v))
+        and not v.__subclasses__() and not any(f.default is dataclasses.MISSING for f in dataclasses.fields(v))
     }  # fmt: skip
     known = re.sub(r"[_\W]", "", name).lower().removesuffix("grid")
     if known not in kinds:
-        raise UserError(f"{option} is {name!r}{nearest(known, kinds)}; there are {', '.join(sorted(kinds))}")
+        hint = nearest(known, kinds) or f"; there are {', '.join(sorted(kinds))}"
+        raise UserError(f"{option} is {name!r}{hint}")
     return kinds[known]
 
 
@@ -189,7 +190,8 @@ def number_of(wanted: str, names: list[str]) -> int:
         return names.index(wanted)
     if wanted.isdecimal() and int(wanted) < len(names):
         return int(wanted)
-    raise UserError(f"there is no class {wanted!r}{nearest(wanted, names)}; classes are 0 to {len(names) - 1}")
+    hint = "" if wanted.isdecimal() else nearest(wanted, names)
+    raise UserError(f"there is no class {wanted!r}{hint or f'; they are 0 to {len(names) - 1}'}")
 
 
 def told_of(prompt: str, tokenizer: Any, length: int) -> None:

@@ -6,13 +6,17 @@ from typing import Any
 import flax.linen as nn
 
 from jaxgen.errors import UserError, nearest
+from jaxgen.interop import mmdit
+from jaxgen.interop.autoencoder import AutoencoderFormat
 from jaxgen.interop.clip import ClipFormat, OpenClipFormat, Siglip2Format, SiglipFormat
 from jaxgen.interop.diffusers import DiTFormat, UNetFormat
 from jaxgen.interop.formats import Format, Found, opened, read_json
 from jaxgen.interop.resnet import BitFormat, ResNetFormat, TimmResNetFormat
 from jaxgen.interop.vit import TimmViTFormat, ViTFormat
+from jaxgen.models.autoencoder import Autoencoder
 from jaxgen.models.clip import CLIP
 from jaxgen.models.dit import DiT
+from jaxgen.models.mmdit import MMDiT
 from jaxgen.models.resnet import ResNet
 from jaxgen.models.unet import UNet
 from jaxgen.models.vit import ViT
@@ -21,6 +25,7 @@ PIPELINE = "model_index.json"
 FORMATS: tuple[Format, ...] = (
     ClipFormat(), SiglipFormat(), Siglip2Format(), OpenClipFormat(), ViTFormat(), TimmViTFormat(), ResNetFormat(),
     BitFormat(), TimmResNetFormat(), UNetFormat(linear=False), UNetFormat(linear=True), DiTFormat(),
+    *mmdit.FORMATS, AutoencoderFormat(),
 )  # fmt: skip
 
 
@@ -47,12 +52,15 @@ def format_for(module: nn.Module, project: str = "huggingface", naflex: bool = F
         (CLIP, "open_clip"): OpenClipFormat(),
         (ViT, "huggingface"): ViTFormat(),
         (DiT, "huggingface"): DiTFormat(),
+        (Autoencoder, "huggingface"): AutoencoderFormat(),
     }
     if isinstance(module, CLIP):
         pair = (Siglip2Format() if naflex else SiglipFormat()) if module.bias else ClipFormat()
         kinds[(CLIP, "huggingface")] = pair
     if isinstance(module, ResNet):
         kinds[(ResNet, "huggingface")] = BitFormat() if module.form == "bit" else ResNetFormat()
+    if isinstance(module, MMDiT):
+        kinds[(MMDiT, "huggingface")] = mmdit.format_for(module)
     if isinstance(module, UNet):   # the older ones have a number of heads, the newer ones heads of one size
         kinds[(UNet, "huggingface")] = UNetFormat(linear=not module.heads)
     found = kinds.get((type(module), project))

@@ -24,7 +24,7 @@ class MMDiTFormat(DiffusersFormat):
     def inputs(self, module):
         x, beside = picture(module)
         return x, jnp.zeros((1,)), Conditions(
-            tokens=jnp.zeros((1, 1, module.text_width)) if module.text_width else None,
+            tokens=jnp.zeros((1, 1, module.text)) if module.text else None,
             pooled=jnp.zeros((1, module.pooled)) if module.pooled else None, image=beside,
         )  # fmt: skip
 
@@ -57,7 +57,7 @@ class SD3Format(MMDiTFormat):
             raise UserError(f"{self.name} with dual_attention_layers = {dual} is not imported, only the first few")
         return MMDiT(
             out=out, channels=0 if channels == out else channels, patch=patch, width=width,
-            depth=config.get("num_layers", 18), heads=heads, text_width=config.get("joint_attention_dim", 4096),
+            depth=config.get("num_layers", 18), heads=heads, text=config.get("joint_attention_dim", 4096),
             pooled=config.get("pooled_projection_dim", 2048), qk_norm=norm is not None, dual=len(dual),
             table=config.get("pos_embed_max_size", 96), base=config.get("sample_size", 128) // patch,
         )  # fmt: skip
@@ -73,7 +73,7 @@ class SD3Format(MMDiTFormat):
         return {
             "_class_name": self.kind, "attention_head_dim": module.width // module.heads,
             "caption_projection_dim": module.width, "dual_attention_layers": list(range(module.dual)),
-            "in_channels": module.channels or module.out, "joint_attention_dim": module.text_width,
+            "in_channels": module.channels or module.out, "joint_attention_dim": module.text,
             "num_attention_heads": module.heads, "num_layers": module.depth, "out_channels": module.out,
             "patch_size": module.patch, "pooled_projection_dim": module.pooled,
             "pos_embed_max_size": module.table, "qk_norm": "rms_norm" if module.qk_norm else None,
@@ -97,7 +97,7 @@ class FluxFormat(MMDiTFormat):
         return MMDiT(
             out=out // 4, channels=0 if channels == out else channels // 4, patch=2, width=heads * size,
             depth=config.get("num_layers", 19), single_depth=config.get("num_single_layers", 38), heads=heads,
-            text_width=config.get("joint_attention_dim", 4096), pooled=config.get("pooled_projection_dim", 768),
+            text=config.get("joint_attention_dim", 4096), pooled=config.get("pooled_projection_dim", 768),
             guidance=GUIDANCE if config.get("guidance_embeds", False) else 0.0, qk_norm=True, positions="rope",
             rope=_default(RopeAxes(tuple(config.get("axes_dims_rope", (16, 56, 56)))), size),
         )  # fmt: skip
@@ -123,7 +123,7 @@ class FluxFormat(MMDiTFormat):
         return {
             "_class_name": self.kind, "attention_head_dim": size, "axes_dims_rope": list(module.rope.sizes(size)),
             "guidance_embeds": module.guidance > 0, "in_channels": 4 * (module.channels or module.out),
-            "joint_attention_dim": module.text_width, "num_attention_heads": module.heads,
+            "joint_attention_dim": module.text, "num_attention_heads": module.heads,
             "num_layers": module.depth, "num_single_layers": module.single_depth, "out_channels": 4 * module.out,
             "patch_size": 1, "pooled_projection_dim": module.pooled,
         }  # fmt: skip

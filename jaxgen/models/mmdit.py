@@ -227,7 +227,7 @@ class MMDiT(nn.Module):
     heads: int = 24
     mlp_ratio: int = 4
     """Hidden units of the feed-forward layers, as multiples of the width."""
-    text_width: int = 4096
+    text: int = 4096
     """Size of the text's embeddings; 0: no text comes in, and one learned token stands in its place."""
     pooled: int = 2048
     """Size of the pooled embedding; 0: the network takes none."""
@@ -283,7 +283,7 @@ class MMDiT(nn.Module):
         """Raises UserError for sizes that do not fit together, or not pictures of this shape (H, W, C)."""
         if min(self.out, self.patch, self.width, self.heads, self.mlp_ratio) < 1 or self.depth + self.single_depth < 1:
             raise UserError("out, patch, width, heads, mlp_ratio and the blocks of an MMDiT are at least 1.")
-        if min(self.depth, self.single_depth, self.channels, self.text_width, self.pooled, self.classes) < 0:
+        if min(self.depth, self.single_depth, self.channels, self.text, self.pooled, self.classes) < 0:
             raise UserError("No size of an MMDiT is below 0.")
         if self.width % self.heads:
             raise UserError(f"The width {self.width} is not a multiple of the {self.heads} heads.")
@@ -370,12 +370,12 @@ class MMDiT(nn.Module):
         x = linear("patch_embedding", x, size**-0.5)
         if self.positions != "rope":
             x = x + self._places(rows, columns).astype(dtype)
-        if not self.text_width:
+        if not self.text:
             text, mask = self._learned_text(batch), None
         elif conditions.tokens is None:
             raise ValueError("the network takes text, and the conditions have no tokens")
         else:
-            text, mask = linear("text_embedding", conditions.tokens, self.text_width**-0.5), conditions.mask
+            text, mask = linear("text_embedding", conditions.tokens, self.text**-0.5), conditions.mask
         length = text.shape[1]
         check_length(count, "The MMDiT")
         x = sharding.constrain(x, "batch", "length", None)
@@ -452,7 +452,7 @@ class MMDiT(nn.Module):
         channels, and `length` tokens of text: matrix products alone, 2 per multiply-add."""
         width, ratio, size = self.width, self.mlp_ratio, self.patch**2
         count = (shape[0] // self.patch) * (shape[1] // self.patch)
-        length = length if self.text_width else 1
+        length = length if self.text else 1
         every, square = count + length, width**2
         total = 0.0
         for name, (first, blocks) in self.groups.items():
@@ -466,7 +466,7 @@ class MMDiT(nn.Module):
             total += blocks * (one + vectors * square)
         total += self.single_depth * ((4 + 2 * ratio) * every * square + 2 * every**2 * width + 3 * square)
         total += count * size * (shape[2] + self.out) * width + 2 * square
-        total += length * self.text_width * width + (width * (PERIODS + width) if self.guidance else 0)
+        total += length * self.text * width + (width * (PERIODS + width) if self.guidance else 0)
         return 2.0 * total + self.telling.flops()
 
 

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from jaxgen import sharding
 from jaxgen.nn.dtypes import DType, resolve
 from jaxgen.nn.linear import matmul, rows
-from jaxgen.nn.modulation import spread
 
 
 class Conv(nn.Module):
@@ -124,21 +123,21 @@ class GroupNorm(nn.Module):
         @jax.checkpoint  # backward computes it again, which is cheaper than to keep its parts
         def run(x, gain, bias, scale, shift):
             batch, height, wide, channels = x.shape
-            h, places = x.astype(jnp.float32).reshape(batch, height * wide, channels), height * wide
+            h = x.astype(jnp.float32).reshape(batch, height * wide, channels)
 
             def mean(h):
                 """Of each group, at each of its channels."""
                 by_group = h.mean(1).reshape(batch, self.groups, -1).mean(-1, keepdims=True)
                 return jnp.broadcast_to(by_group, (batch, self.groups, channels // self.groups)).reshape(batch, -1)
 
-            h = h - spread(mean(h), places)
+            h = h - mean(h)[:, None]
             gain = gain * jax.lax.rsqrt(mean(jnp.square(h)) + self.epsilon)
             bias = jnp.broadcast_to(bias, gain.shape)
             if scale is not None:
                 gain, bias = gain * (1 + scale.astype(jnp.float32)), bias * (1 + scale.astype(jnp.float32))
             if shift is not None:
                 bias = bias + shift.astype(jnp.float32)
-            h = h * spread(gain, places) + spread(bias, places)
+            h = h * gain[:, None] + bias[:, None]
             h = jax.nn.silu(h) if self.silu else h
             return h.reshape(x.shape).astype(resolve(self.dtype))
 

@@ -53,10 +53,10 @@ class Sampling:
 class Edit:
     """A picture to begin with, in the values that the network knows: of pixels from -1 to 1, or latents."""
 
-    start: Float[Array, "B ..."]
+    start: Float[Array | np.ndarray, "B ..."]
     strength: float = 1.0
     """Share of the steps that are taken: 0 gives the picture back, 1 begins with noise (Meng et al. 2022, SDEdit)."""
-    mask: Float[Array, "B ..."] | None = None
+    mask: Float[Array | np.ndarray, "B ..."] | None = None
     """(B, H, W, 1): 1 where something new is wanted, 0 where the picture stays (inpainting by replacement)."""
     repeats: int = 1
     """How often each step is taken with a mask, going back to its noise in between (Lugmayr et al. 2022, RePaint)."""

@@ -108,6 +108,11 @@ class Task:
             metrics |= new
         return train_state, metrics
 
+    def projected(self, params: Params) -> Params:
+        """What is kept of a player's parameters (None where frozen) after its update, such as weights of one length.
+        Pure."""
+        return params
+
     def collect(self, train_state: Any, batch: Batch, key: Array) -> Batch:
         """Turn a batch of data into what the steps learn from (rollouts, a teacher's outputs), outside jit, on the
         same mesh. May call samplers and host code; a function of its arguments alone. Where it changes names, shapes

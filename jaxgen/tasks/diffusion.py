@@ -14,8 +14,10 @@ from jaxgen.diffusion.paths import Cosine, Path, along
 from jaxgen.diffusion.predictions import Prediction, V
 from jaxgen.diffusion.weightings import Times, Uniform, UniformTimes, Weighting, uniforms
 from jaxgen.errors import UserError
+from jaxgen.models import edm2
 from jaxgen.models.autoencoder import Autoencoder
 from jaxgen.models.conditions import Conditions
+from jaxgen.models.edm2 import EDM2
 from jaxgen.models.text import TextTower
 from jaxgen.pretrained import Pretrained
 from jaxgen.sampling.diffusion import Edit, Sampling, generate
@@ -103,6 +105,11 @@ class Diffusion(Task):
     def players(self):
         moved = tuple(k for k in ("network", "text") if k not in self.locked and getattr(self, k) is not None)
         return (Player("model", self.loss, moved),)
+
+    def projected(self, params):
+        if isinstance(self.network, EDM2) and "network" in params:
+            return {**params, "network": edm2.normalised(params["network"])}
+        return params
 
     # ---- the loss ----
 
@@ -256,6 +263,10 @@ class Diffusion(Task):
         self.check_shape(shape)
         if getattr(self.network, "classes", 0) and "label" not in spec:
             raise UserError(f"The data has {', '.join(spec)}, and a network with classes needs label.")
+        wanted, width = getattr(self.network, "text", 0), getattr(self.text, "width", 0)
+        if wanted != width:
+            have = f"task.text.width is {width}" if width else "there is no text tower, task.text"
+            raise UserError(f"task.network.text is {wanted}, and {have}; they should be the same.")
         if self.text is not None:
             if missing := [name for name in ("tokens", "lengths") if name not in spec]:
                 raise UserError(f"The data has {', '.join(spec)}, and task.text needs {' and '.join(missing)} too.")

@@ -236,7 +236,7 @@ class Program:
         transform = self._transform(player, train_state.params)
         done = updates(train_state.optimizer[player.name])
         change, moments = transform.update(grads, train_state.optimizer[player.name], trainable)
-        moved = optax.apply_updates(trainable, change)
+        moved = self.task.projected(optax.apply_updates(trainable, change))
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

@@ -73,7 +73,8 @@ def test_exit_code_is_the_verbs(verb, returned, code):
         (["trian"], "there is no command 'trian'; did you mean 'train'?"),
         (
             ["qqq"],
-            "there is no command 'qqq'; the commands are train, show, sample, eval, search, ema, import, export, tokenizer",
+            "there is no command 'qqq'; the commands are train, show, sample, eval, search, ema, import, export, "
+            "tokenizer",
         ),
         (["tokenizer"], "the command is jaxgen tokenizer train"),
         (["tokenizer", "trian"], "the command is jaxgen tokenizer train; did you mean 'train'?"),

@@ -20,7 +20,7 @@ from jaxgen.sharding import RULES, Mesh, Sharding, unbox
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["sd3", "sd35", "flux"]
-SIZES = dict(out=4, width=16, heads=2, text_width=12, pooled=10)
+SIZES = dict(out=4, width=16, heads=2, text=12, pooled=10)
 MODULES = {
     "sd3": MMDiT(**SIZES, depth=3, table=6, base=4),
     "sd35": MMDiT(**SIZES, depth=4, table=6, base=4, dual=2, qk_norm=True),

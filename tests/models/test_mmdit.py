@@ -15,12 +15,12 @@ from jaxgen.models.mmdit import MMDiT, Single
 from jaxgen.nn.rope import RopeAxes
 from jaxgen.sharding import unbox
 
-BASE = MMDiT(out=3, width=16, depth=2, heads=2, text_width=6, pooled=6, table=8, base=4)
+BASE = MMDiT(out=3, width=16, depth=2, heads=2, text=6, pooled=6, table=8, base=4)
 FORMS = {
     "SD 3": BASE,
     "SD 3.5": BASE.clone(depth=3, dual=1, qk_norm=True, positions="sincos", mlp_ratio=2),
     "FLUX.1": BASE.clone(single_depth=2, positions="rope", qk_norm=True, guidance=2.0),
-    "classes, no text": BASE.clone(text_width=0, pooled=0, classes=4, positions="rope", rope=RopeAxes((4, 4), 20.0)),
+    "classes, no text": BASE.clone(text=0, pooled=0, classes=4, positions="rope", rope=RopeAxes((4, 4), 20.0)),
     "single blocks alone": BASE.clone(depth=0, single_depth=2, pooled=0, classes=4),
 }
 X, TOKENS, POOLED = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((8, 8, 12, 3), (8, 4, 6), (8, 6))))
@@ -30,7 +30,7 @@ MASK = jnp.array([[True, True, True, False], [True, False, True, False]] * 4)
 
 def conditions_of(model, mask=None, classes=None):
     return Conditions(
-        tokens=TOKENS if model.text_width else None, pooled=POOLED if model.pooled else None, mask=mask,
+        tokens=TOKENS if model.text else None, pooled=POOLED if model.pooled else None, mask=mask,
         classes=classes,
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def expected_of(model, x, label, conditions, index, guidance=None):
                     np.sin(column * wave), np.cos(column * wave), np.sin(row * wave), np.cos(row * wave)
                 ]  # fmt: skip
     text, seen = p.get("text_token"), np.ones(1, bool)
-    if model.text_width:
+    if model.text:
         text = dense(np.float64(conditions.tokens[index]), p["text_embedding"])
         seen = np.ones(len(text), bool) if conditions.mask is None else np.asarray(conditions.mask[index])
     at = places, np.zeros((len(text), places.shape[1]))
@@ -188,7 +188,7 @@ def expected_of(model, x, label, conditions, index, guidance=None):
 @pytest.mark.parametrize("form", FORMS)
 def test_agrees_with_numpy(form):
     model = FORMS[form]
-    given = conditions_of(model, MASK if model.text_width else None)
+    given = conditions_of(model, MASK if model.text else None)
     found = forward(model, params_of(model), X, LABEL, given)
     expected = np.stack([expected_of(model, X, LABEL, given, i) for i in range(2)])
     assert expected.std() > 0.1
@@ -272,11 +272,11 @@ def test_on_a_mesh_and_with_remat_as_alone():
 
 
 COUNTED = MMDiT(
-    out=4, width=256, depth=2, heads=2, text_width=96, pooled=64, table=16, dual=1, dtype="float32", scan=False
+    out=4, width=256, depth=2, heads=2, text=96, pooled=64, table=16, dual=1, dtype="float32", scan=False
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [{}, {"single_depth": 1, "guidance": 3.5, "dual": 0, "text_width": 0}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"single_depth": 1, "guidance": 3.5, "dual": 0, "text": 0}], ids=str)
 def test_counts_its_operations(change):
     """Within 3 % of the compiler's count of the unrolled program, forward and with the gradient."""
     model = COUNTED.clone(**change)
@@ -285,7 +285,7 @@ def test_counts_its_operations(change):
     )
 
     def given(tokens, pooled):
-        return Conditions(tokens=tokens if model.text_width else None, pooled=pooled)
+        return Conditions(tokens=tokens if model.text else None, pooled=pooled)
 
     def total(params, x, label, *told):
         return model.apply({"params": params}, x, label, given(*told)).sum()

@@ -23,7 +23,7 @@ from jaxgen.training.schedules import Constant
 from jaxgen.training.step import Program
 
 B, SIDE, D = 8, 8, 8 * 8 * 3
-MODEL = Autoencoder(width=8, multipliers=(1, 2), blocks=1, groups=4, latent=2, kernel="xla")
+MODEL = Autoencoder(width=8, multipliers=(1,), blocks=1, groups=4, latent=2, attention=False)
 TOWER = ViT(patch=4, width=8, depth=2, heads=2, image_size=8, pool="mean", kernel="xla")
 TASK = Autoencoding(
     MODEL,
@@ -39,6 +39,7 @@ TASK = Autoencoding(
     ramp=4,
 )
 PLAIN = dataclasses.replace(TASK, discriminator=None, perceptual=None)
+JUDGE = Discriminator(width=4, depth=1)  # with batch statistics
 WEIGHTS = (np.arange(B) < 5).astype(np.float32)
 
 
@@ -53,17 +54,21 @@ def spec_of(batch):
     return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
 
 
-def context(train=True, step=0, state=None):
+def context(train=True, step=0, state=None, index=None):
     key = jax.random.key(3)
-    return Context(key, key, jnp.int32(step), jnp.arange(B), state, None, train)
+    return Context(key, key, jnp.int32(step), jnp.arange(B) if index is None else index, state, None, train)
 
 
 @functools.cache
-def start(task):
+def start():
     """(parameters of which none is 0, state)."""
-    params, state = jit(lambda key: unbox(task.init(key)))(jax.random.key(0))
-    noisy = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
-    return noisy, state
+
+    @jit
+    def make(key):
+        params, state = unbox(TASK.init(key))
+        return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params), state
+
+    return make(jax.random.key(0))
 
 
 def image_of(batch):
@@ -80,13 +85,17 @@ def decoded(task, params, batch, train=True):
 # ---- the loss ----
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("distance", ["l1", "l2"])
+@pytest.mark.parametrize(("train", "distance"), [(True, "l1"), (False, "l2")])
 def test_reconstruction_and_divergence(train, distance):
     """In NumPy, from what was encoded and decoded; of draws in training, of means in evaluation."""
     task = dataclasses.replace(PLAIN, distance=distance)
-    (params, state), batch = start(task), batch_of() | {"weights": WEIGHTS}
-    posterior, found = jit(lambda p: decoded(task, p, batch, train))(params)
+    (params, state), batch = start(), batch_of() | {"weights": WEIGHTS}
+
+    @jit
+    def run(params, batch):
+        return task.loss(params, batch, context(train, state=state)), *decoded(task, params, batch, train)
+
+    loss, posterior, found = run(params, batch)
     image, found = np.float64(image_of(batch)), np.float64(found)
     error = np.abs(found - image) if distance == "l1" else (found - image) ** 2
     error = error.reshape(B, -1).mean(1)
@@ -94,7 +103,6 @@ def test_reconstruction_and_divergence(train, distance):
     kl = 0.5 * (m**2 + np.exp(v) - 1 - v).sum(1)
     s = np.float64(params["log_variance"]["value"])
     losses = error / np.exp(s) + s + 0.02 * kl / D
-    loss = jit(task.loss)(params, batch, context(train, state=state))
     np.testing.assert_allclose([loss.sum, loss.weight], [losses @ WEIGHTS, 5], rtol=1e-4)
     mse = ((np.clip(found, -1, 1) - image) ** 2).reshape(B, -1).mean(1)
     expected = {
@@ -107,9 +115,9 @@ def test_reconstruction_and_divergence(train, distance):
 
 
 def test_gradient_is_that_of_the_whole_loss():
-    """Of error, divergence and adversarial term, with the weight that two gradients at the last layer give."""
-    params, state = start(TASK)
-    batch, step, share = batch_of(), 4, 0.8 * 2 / 4
+    """Of error, divergence and adversarial term, with the weight that two gradients at the last layer give; before the
+    discriminator's start, and in the step at which it starts, without it."""
+    (params, state), batch = start(), batch_of()
 
     def terms(params):
         posterior, found = decoded(TASK, params, batch)
@@ -127,25 +135,38 @@ def test_gradient_is_that_of_the_whole_loss():
 
         return jnp.linalg.norm(jax.grad(value)(params["model"]["decoder"]["out"]["kernel"]))
 
-    weight = share * jit(lambda: at_last(0) / at_last(2))()
-
-    def whole(trained):
+    def whole(trained, weight):
         error, kl, adversarial = terms({**params, **trained})
         return error + kl + weight * adversarial
 
-    trained = {name: params[name] for name in ("model", "log_variance")}
-    expected, wanted = jit(jax.value_and_grad(whole))(trained)
-
-    def loss(trained):
+    def loss(trained, step):
         found = TASK.loss({**params, **trained}, batch, context(step=step, state=state))
-        return found.sum / found.weight, found
+        return found.sum / found.weight, found.metrics["adversarial_weight"][0] / B
 
-    (value, found), gradient = jit(jax.value_and_grad(loss, has_aux=True))(trained)
-    np.testing.assert_allclose(found.metrics["adversarial_weight"][0] / B, weight, rtol=1e-3)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    top = max(np.abs(x).max() for x in jax.tree.leaves(wanted))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max() + 1e-5 * top),
-                 gradient, wanted)  # fmt: skip
+    @jit
+    def run(trained, share, step):
+        weight = share * at_last(0) / at_last(2)
+        expected = jax.value_and_grad(whole)(trained, weight)
+        return weight, expected, jax.value_and_grad(loss, has_aux=True)(trained, step)
+
+    trained = {name: params[name] for name in ("model", "log_variance")}
+    for step, share in ((1, 0.0), (2, 0.0), (4, 0.8 * 2 / 4), (9, 0.8)):
+        weight, (expected, wanted), ((value, told), gradient) = run(trained, share, step)
+        np.testing.assert_allclose(told, weight, rtol=1e-3)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        top = max(np.abs(x).max() for x in jax.tree.leaves(wanted))
+        jax.tree.map(lambda a, b, top=top: np.testing.assert_allclose(
+            a, b, atol=1e-3 * np.abs(b).max() + 1e-5 * top), gradient, wanted)  # fmt: skip
+    assert weight > 0.01
+
+
+def test_an_example_is_its_own():
+    """Its draw, and all else of it, is the same whatever stands beside it."""
+    (params, state), batch = start(), batch_of()
+    run = jit(lambda image, index: PLAIN.loss(params, {"image": image}, context(state=state, index=index)).sum)
+    parts = [run(batch["image"][part], jnp.arange(B)[part]) for part in (slice(B), slice(0, 4), slice(4, 8))]
+    np.testing.assert_allclose(parts[1] + parts[2], parts[0], rtol=1e-5)
+    assert abs(run(batch["image"][4:], jnp.arange(4)) - parts[2]) > 1e-3
 
 
 def test_adaptive_weight():
@@ -156,64 +177,65 @@ def test_adaptive_weight():
     assert adaptive_weight(0 * error, 0 * adversarial, 1e4) == 0
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
-def test_discriminators_loss(norm):
+def test_discriminators_loss():
     """Hinges, how often it is right, and batch statistics of both halves of what it sees."""
-    task = dataclasses.replace(TASK, discriminator=TASK.discriminator.clone(norm=norm, width=2))
-    (params, state), batch = start(task), batch_of() | {"weights": WEIGHTS}
-    found = jit(task.loss_of_discriminator)(params, batch, context(step=5, state=state))
-    seen, own = jit(lambda p: decoded(task, p, batch)[1])(params), dict(state.get("discriminator", {}))
-    logits = []
-    for x in (image_of(batch), seen):
-        made, new = task.discriminator.apply(
-            {"params": params["discriminator"], **own}, x, True, mutable=["batch_stats"]
-        )
-        own |= new
-        logits.append(np.float64(made).reshape(B, -1))
-    real, fake = logits
+    task, batch = dataclasses.replace(TASK, discriminator=JUDGE), batch_of() | {"weights": WEIGHTS}
+    params, state = start()
+    made = jit(lambda key: unbox(JUDGE.init(key, jnp.zeros((1, SIDE, SIDE, 3)))))(jax.random.key(1))
+    params, state = {**params, "discriminator": made["params"]}, {**state, "discriminator": {
+        "batch_stats": made["batch_stats"]}}  # fmt: skip
+
+    @jit
+    def run(params):
+        found = task.loss_of_discriminator(params, batch, context(step=5, state=state))
+        own, logits = state["discriminator"], []
+        for x in (image_of(batch), decoded(task, params, batch)[1]):
+            variables = {"params": params["discriminator"], **own}
+            made, own = JUDGE.apply(variables, x, True, mutable=["batch_stats"])
+            logits.append(made.reshape(B, -1))
+        return found, logits, own
+
+    found, (real, fake), own = jax.tree.map(np.float64, run(params))
     losses = 0.5 * (np.maximum(1 - real, 0) + np.maximum(1 + fake, 0)).mean(1)
     np.testing.assert_allclose([found.sum, found.weight], [losses @ WEIGHTS, 5], rtol=1e-4)
     right = 0.5 * ((real > 0).mean(1) + (fake < 0).mean(1))
     np.testing.assert_allclose(found.metrics["accuracy"], [right @ WEIGHTS, 5], rtol=1e-6)
-    if norm == "batch":
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-                     found.state["discriminator"], own)  # fmt: skip
-        assert set(found.state) == {"model", "discriminator"}
-    else:
-        assert found.state is None
+    assert set(found.state) == {"model", "discriminator"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+                 found.state["discriminator"], own)  # fmt: skip
 
 
 # ---- training ----
 
 
-def program(task, mesh=None, devices=1, **options):
-    sharding = Sharding((mesh or Mesh()).build(jax.devices()[:devices]), RULES)
+TRAINED = dataclasses.replace(TASK, discriminator=JUDGE)
+
+
+def train(mesh, devices, first=None):
+    """States, the first before any step, and metrics, on the host; and how many of the parameters are split."""
+    sharding = Sharding(mesh.build(jax.devices()[:devices]), RULES)
     optimizer = SGD(learning_rate=0.02, schedule=Constant(), momentum=0.0, clip=1.0)
-    return Program(task, optimizer, sharding, spec_of(batch_of()), 10, **options)
-
-
-def train(p, steps):
-    """States, the first before any step, and metrics, on the host."""
-    state = p.init(0)
+    p = Program(TRAINED, optimizer, sharding, spec_of(batch_of()), 10)
+    run = jit(p._step, in_shardings=(p.shardings, p.collected_shardings),
+              out_shardings=(p.shardings, p.sharding.replicated))  # fmt: skip
+    make = jit(p._create, out_shardings=p.shardings)
+    state = make(jax.random.key_data(jax.random.key(0))) if first is None else jax.device_put(first, p.shardings)
     states, metrics = [jax.device_get(state)], []
-    for step in range(steps):
-        state, found = p.step(state, jax.device_put(batch_of(step), p.batch_shardings))
+    for step in range(6):
+        state, found = run(state, jax.device_put(batch_of(step), p.batch_shardings))
         states.append(jax.device_get(state))
         metrics.append(jax.device_get(found))
-    return states, metrics
-
-
-TRAINED = dataclasses.replace(TASK, discriminator=Discriminator(width=4, depth=1))
+    return states, metrics, sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return train(program(TRAINED), 6)
+    return train(Mesh(), 1)
 
 
 def test_the_discriminator_waits(alone):
     """It does not move before its start, and is no term of the loss before it has moved; then its weight rises."""
-    states, metrics = alone
+    states, metrics, _ = alone
     moved = []
     for before, after in zip(states, states[1:], strict=False):
         pairs = zip(*(jax.tree.leaves(s.params["discriminator"]) for s in (before, after)), strict=True)
@@ -227,12 +249,6 @@ def test_the_discriminator_waits(alone):
     assert np.abs(jax.tree.leaves(states[3].state["discriminator"])[0]).max() > 0
 
 
-def test_before_it_starts_training_is_that_without_it(alone):
-    states, _ = train(program(dataclasses.replace(TRAINED, discriminator=None)), 2)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-                 alone[0][2].params["model"], states[2].params["model"])  # fmt: skip
-
-
 def test_what_nobody_moves_is_frozen(alone):
     first, last = alone[0][0], alone[0][-1]
     assert first.params["perceptual"] == jax.tree.map(lambda _: None, first.frozen["perceptual"])
@@ -240,29 +256,18 @@ def test_what_nobody_moves_is_frozen(alone):
     assert last.params["log_variance"]["value"] != first.params["log_variance"]["value"]
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}], ids=["all"])
-def test_trains_the_same_on_a_mesh(alone, sizes):
+def test_trains_the_same_on_a_mesh(alone):
     """All steps, the adaptive weight, both states: those of the global batch."""
-    states, metrics = train(program(TRAINED, Mesh(**sizes), 8), 6)
+    states, metrics, split = train(Mesh(data=2, fsdp=2, tensor=2), 8, alone[0][0])
+    assert split > 20
+    first = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone[0][1].params, states[1].params)
+    assert max(jax.tree.leaves(first)) < 1e-5  # after one step: the gradient
     for part in ("params", "state"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3 * np.abs(a).max() + 1e-5),
                      getattr(alone[0][-1], part), getattr(states[-1], part))  # fmt: skip
-    first = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone[0][1].params["model"], states[1].params["model"])
-    assert max(jax.tree.leaves(first)) < 1e-5  # after one step: the gradient
     for one, many in zip(alone[1], metrics, strict=True):
         for name in one:
             np.testing.assert_allclose(many[name], one[name], rtol=5e-3, atol=1e-4, err_msg=name)
-
-
-def test_draws_do_not_depend_on_microbatches():
-    """Nor does anything else but the statistics' count."""
-    one, many = (train(program(PLAIN, microbatches=n), 2) for n in (1, 4))
-    for a, b in zip(one[1], many[1], strict=True):
-        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one[0][2].params, many[0][2].params)
-    mean, std = (one[0][1].state["model"]["latents"][k] for k in ("mean", "std"))
-    np.testing.assert_allclose(many[0][1].state["model"]["latents"]["mean"], mean, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(many[0][1].state["model"]["latents"]["std"], std, rtol=1e-3)
 
 
 # ---- latents ----
@@ -301,29 +306,34 @@ def test_statistics_forget():
 
 def test_latents_are_normal():
     """What `encode` gives of the pictures that were measured has mean 0 and deviation 1; `decode` takes it back."""
-    params, state = start(PLAIN)
-    batch = batch_of()
-    state = jit(PLAIN.loss)(params, batch, context(state=state)).state
-    encode = jit(PLAIN.encode)
-    draws = [encode(params, state, batch, jax.random.split(jax.random.key(i), B)) for i in range(20)]
+    (params, state), batch = start(), batch_of()
+
+    @jit
+    def run(params, keys):
+        new = PLAIN.loss(params, batch, context(state=state)).state
+        draws = jax.vmap(lambda keys: PLAIN.encode(params, new, batch, keys))(keys)
+        latent = PLAIN.encode(params, new, batch)
+        again, shown = PLAIN.decode(params, new, latent), PLAIN.reconstruct(params, new, batch)
+        return draws, latent, again, shown, decoded(PLAIN, params, batch, False)[1]
+
+    draws, latent, again, shown, expected = run(params, jax.random.split(jax.random.key(1), (10, B)))
     draws = np.array(draws).reshape(-1, 2)
     np.testing.assert_allclose(draws.mean(0), 0, atol=0.05)
     np.testing.assert_allclose(draws.std(0), 1, rtol=0.05)
-    latent = encode(params, state, batch)
-    assert latent.shape == (B, 4, 4, 2)
-    again = jit(PLAIN.decode)(params, state, latent)
-    np.testing.assert_allclose(again, jit(lambda p: decoded(PLAIN, p, batch, False)[1])(params), atol=1e-4)
-    shown = np.asarray(jit(PLAIN.reconstruct)(params, state, batch))
-    assert shown.dtype == np.uint8
+    assert latent.shape == (B, SIDE, SIDE, 2) and shown.dtype == np.uint8
+    np.testing.assert_allclose(again, expected, atol=1e-4)
     assert np.abs(shown - np.clip((np.float64(again) + 1) * 127.5, 0, 255)).max() <= 0.51
 
 
 def test_statistics_that_are_not_measured():
-    task = dataclasses.replace(PLAIN, measure=False, model=MODEL.clone(mean=(0.5,), scale=2.0))
-    params, state = start(task)
-    new = jit(task.loss)(params, batch_of(), context(state=state)).state
-    jax.tree.map(np.testing.assert_array_equal, new, state)
-    np.testing.assert_allclose(state["model"]["latents"]["std"], [0.5, 0.5])
+    task, (params, state) = dataclasses.replace(PLAIN, measure=False), start()
+
+    def check(params):
+        loss = task.loss(params, batch_of(), context(state=state))
+        assert loss.state is state
+        return loss.sum
+
+    jax.eval_shape(check, params)
 
 
 def test_psnr():
@@ -360,7 +370,7 @@ def test_pictures_in_patches_are_refused():
 def test_says():
     assert TASK.notes(spec_of(batch_of())) == {
         "loss": "l2 + 0.3 perceptual (ViT) + 0.02 KL + 0.8 adversarial from step 2, in full from 6",
-        "latents": "4 x 4 x 2",
+        "latents": "8 x 8 x 2",
     }
     plain = PLAIN.flops(spec_of(batch_of()))
     assert plain == 3 * B * MODEL.flops_per_example((8, 8, 3)) < TASK.flops(spec_of(batch_of()))

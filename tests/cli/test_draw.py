@@ -1,0 +1,143 @@
+"""`jaxgen sample` of runs that make pictures: what may be asked, what is written, and mistakes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from quick import jit
+
+from jaxgen import record
+from jaxgen.cli.main import main
+from jaxgen.data.digits import Digits
+from jaxgen.data.scenes import Scenes
+from jaxgen.evaluation.pictures import PicturePreview
+from jaxgen.experiment import Experiment
+from jaxgen.models.dit import DiT
+from jaxgen.models.text import TextTower
+from jaxgen.sampling.diffusion import Sampling
+from jaxgen.sampling.solvers import Ddim
+from jaxgen.sharding import unbox
+from jaxgen.tasks.diffusion import Diffusion
+from jaxgen.training.checkpoint import Checkpoints
+from jaxgen.training.optimizers import AdamW
+
+NET = DiT(out=1, patch=7, width=16, depth=1, heads=2, classes=10, periods=16)
+OWN = Sampling(Ddim(), steps=3, guidance=2.0)
+PROMPT = "two red squares above a blue ring"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs that nobody has trained: one of classes, one of texts."""
+    path = tmp_path_factory.mktemp("draw")
+    text = TextTower(vocab_size=128, width=16, depth=1, heads=2, max_length=16, out=16)
+    for name, task, data in [
+        ("digits", Diffusion(NET), Digits(heldout=16)),
+        ("scenes", Diffusion(NET.clone(out=3, patch=8, classes=0, text=16), text=text), Scenes(heldout=16)),
+    ]:
+        preview = PicturePreview(sampling=OWN)
+        experiment = Experiment(name, task, data, AdamW(1e-3), batch_size=8, steps=1, evaluations=(preview,))
+        directory = path / "runs" / name
+        record.store(directory, experiment)
+        if (tokenizer := data.prepare().tokenizer) is not None:
+            tokenizer.save(directory / "tokenizer")
+        params, state = unbox(jit(task.init)(jax.random.key(0)))
+        params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+        checkpoints = Checkpoints(directory / "checkpoints")
+        checkpoints.save(0, {"params": params, "state": state})
+        checkpoints.wait()
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(path / "in.png")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 255
+    Image.fromarray(mask).save(path / "mask.png")
+    Image.fromarray(mask[:32]).save(path / "small.png")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def there(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def drawn(capsys, *words):
+    """What the command told, and its pictures."""
+    assert main(["sample", *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    return told, [np.asarray(Image.open(s["file"])).astype(int) for s in told["samples"]]
+
+
+def test_classes(capsys, folder):
+    told, pictures = drawn(capsys, "digits", "--class", "3", "--class", "7", "--n", "2", "--seed", "5")
+    assert [(s["asked"], s["index"]) for s in told["samples"]] == [("3", 0), ("3", 1), ("7", 0), ("7", 1)]
+    assert all(p.shape == (28, 28) for p in pictures)
+    assert (told["steps"], told["guidance"], told["solver"]) == (3, 2.0, "Ddim(eta=0.0)")  # as in the previews
+    inside = json.loads(Image.open(told["samples"][3]["file"]).text["jaxgen"])
+    assert (inside["asked"], inside["index"], inside["seed"], inside["step"]) == ("7", 1, 5, 0)
+    assert Image.open(told["sheet"]).size[0] > 28
+    again, alone = drawn(capsys, "digits", "--class", "7", "--n", "2", "--seed", "5", "--out", str(folder / "other"))
+    assert np.abs(alone[1] - pictures[3]).max() <= 1 and (folder / "other/sheet.png").is_file()
+    assert (drawn(capsys, "digits", "--class", "7", "--n", "2", "--seed", "6")[1][1] != pictures[3]).any()
+    assert len(drawn(capsys, "digits", "--n", "1")[1]) == 10  # every class
+
+
+def test_how_pictures_are_drawn(capsys):
+    told, first = drawn(capsys, "digits", "--n", "1", "--class", "1", "--solver", "dpmpp_2m", "--grid", "karras",
+                        "--steps", "5", "--guidance", "1", "--frames")
+    assert told["solver"] == "DpmPP2M()" and told["grid"].startswith("Karras(") and told["steps"] == 5
+    assert (drawn(capsys, "digits", "--n", "1", "--class", "1", "--guidance", "3")[1][0] != first[0]).any()
+    frames = told["sheet"].replace("sheet.png", "frames.png")
+    assert Image.open(frames).size[0] > 5 * 28  # five steps
+
+
+def test_texts(capsys):
+    _, pictures = drawn(capsys, "scenes", "--prompt", PROMPT, "--n", "2", "--guidance", "4")
+    assert pictures[0].shape == (32, 32, 3)
+    away = drawn(capsys, "scenes", "--prompt", PROMPT, "--n", "2", "--guidance", "4", "--negative", "a green cross")[1]
+    assert (away[0] != pictures[0]).any()
+
+
+def test_what_a_model_does_not_see_is_told(capsys):
+    long = "a red square " * 6
+    assert main(["sample", "scenes", "--prompt", long, "--n", "1"]) == 0
+    said = capsys.readouterr().err
+    assert "the prompt is cut after 15 tokens; left out is 'a red square" in said
+    assert main(["sample", "scenes", "--prompt", "two red circles", "--n", "1", "--guidance", "1e6"]) == 0
+    said = capsys.readouterr().err
+    assert "the run's vocabulary lacks 'circles'" in said and "a guidance of 1e+06 leaves little" in said
+
+
+def test_editing(capsys):
+    given = ["scenes", "--prompt", PROMPT, "--n", "1", "--image", "in.png"]
+    _, (same,) = drawn(capsys, *given, "--strength", "0")
+    assert np.abs(same - 200).max() <= 1
+    _, (half,) = drawn(capsys, *given, "--mask", "mask.png")
+    assert np.abs(half[:, :16] - 200).max() <= 1 and np.abs(half[:, 16:] - 200).max() > 5
+    told, (other,) = drawn(capsys, *given, "--strength", "0.7")
+    assert (other != same).any() and told["strength"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["digits", "--class", "12"], "there is no class '12'; they are 0 to 9"),
+        (["digits", "--prompt", "a ring"], "knows no texts: --prompt and --negative are of no use"),
+        (["digits", "--temperature", "1"], "--temperature is of no use here: runs/digits makes pictures"),
+        (["digits", "--steps", "0"], "--steps is 0, which should be at least 1"),
+        (["digits", "--solver", "dpmpp2n"], "--solver is 'dpmpp2n'; did you mean 'dpmpp2s'?"),
+        (["digits", "--grid", "spiral"], "--grid is 'spiral'; there are exponential, karras, shifted, uniform"),
+        (["digits", "--size", "30x30"], "A picture of 30 x 30 is not made of whole patches of 7."),
+        (["digits", "--size", "big"], "--size is 'big', which should be like 64x96"),
+        (["digits", "--strength", "0.5"], "--strength needs a picture to begin with: --image FILE"),
+        (["digits", "--image", "none.png"], "none.png cannot be read: No such file or directory"),
+        (["scenes"], "makes pictures of texts: say what they show with --prompt"),
+        (["scenes", "--prompt", PROMPT, "--class", "1"], "--class is of no use here"),
+        (["scenes", "--prompt", PROMPT, "--image", "in.png", "--mask", "small.png"],
+         "the mask small.png is of 64 x 32 pixels, and the picture in.png of 64 x 64; they should be the same"),
+        (["scenes", "--prompt", PROMPT, "--negative", "a ring", "--guidance", "1"], "--negative is for guidance"),
+    ],
+)  # fmt: skip
+def test_mistakes(words, said, capsys):
+    assert main(["sample", *words]) == 2
+    assert said in capsys.readouterr().err
