@@ -5,7 +5,7 @@
 
 `emoji72.tar` is that of experiments/clip/emoji.py, and the same tenth is held out. Measured are PSNR and SSIM of
 held-out pictures; the sheet shows them beside their reconstructions. The mean and standard deviation of the latents are
-measured on the way and kept with the weights.
+measured on the way and kept with the weights. Seen of the small form: 22.6 dB and an SSIM of 0.82 after 200 steps.
 
 The KL-f8 of Stable Diffusion is `Autoencoder()` as it stands, on pictures of 256 pixels with `Discriminator()`,
 `perceptual=LPIPS("vgg_lpips.safetensors")`, `kl_weight=1e-6`, `start=50_001`, `adversarial_weight=0.5`
@@ -54,7 +54,7 @@ smoke = dataclasses.replace(
     experiment,
     name="autoencoder-smoke",
     task=Autoencoding(
-        Autoencoder(width=8, multipliers=(1, 2), blocks=1, groups=4),
+        Autoencoder(width=8, multipliers=(1, 2), blocks=1, groups=4, attention=False),
         Discriminator(width=8, depth=2, norm="group", groups=4),
         start=120,
         ramp=40,

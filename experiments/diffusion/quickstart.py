@@ -13,8 +13,9 @@ from jaxgen.data.digits import Digits
 from jaxgen.diffusion.paths import Flow
 from jaxgen.diffusion.predictions import X0
 from jaxgen.diffusion.weightings import LogitNormal, VelocityWeight
+from jaxgen.evaluation.heldout import HeldOut
 from jaxgen.evaluation.pictures import PicturePreview
-from jaxgen.experiment import Experiment
+from jaxgen.experiment import Experiment, Target
 from jaxgen.models.dit import DiT
 from jaxgen.sampling.diffusion import Sampling
 from jaxgen.tasks.diffusion import Diffusion
@@ -46,4 +47,14 @@ experiment = Experiment(
     topology="v5e:2x2",
 )
 
-smoke = dataclasses.replace(experiment, name="diffusion_quickstart-smoke", steps=100)
+smoke = dataclasses.replace(
+    experiment,
+    name="diffusion_quickstart-smoke",
+    task=dataclasses.replace(experiment.task, network=experiment.task.network.clone(width=64, depth=3, heads=2)),
+    data=dataclasses.replace(experiment.data, heldout=256),
+    batch_size=64,
+    steps=200,
+    ema=Ema(0.98),
+    evaluations=(HeldOut(), PicturePreview(n=20, columns=10, sampling=Sampling(steps=8, guidance=1.5))),
+    target=Target("eval/heldout/error", at_most=0.2),
+)

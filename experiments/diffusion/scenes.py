@@ -13,8 +13,9 @@ from jaxgen.data.scenes import Scenes
 from jaxgen.diffusion.paths import Flow
 from jaxgen.diffusion.predictions import X0
 from jaxgen.diffusion.weightings import LogitNormal, VelocityWeight
+from jaxgen.evaluation.heldout import HeldOut
 from jaxgen.evaluation.pictures import PicturePreview
-from jaxgen.experiment import Experiment
+from jaxgen.experiment import Experiment, Target
 from jaxgen.models.dit import DiT
 from jaxgen.models.text import TextTower
 from jaxgen.sampling.diffusion import Sampling
@@ -50,4 +51,17 @@ experiment = Experiment(
     topology="v5e:2x2",
 )
 
-smoke = dataclasses.replace(experiment, name="scenes-smoke", steps=100)
+smoke = dataclasses.replace(
+    experiment,
+    name="scenes-smoke",
+    task=dataclasses.replace(
+        experiment.task,
+        network=experiment.task.network.clone(width=96, depth=3, heads=3, text=64, pooled=64),
+        text=experiment.task.text.clone(width=64, depth=1, heads=2, out=64),
+    ),
+    data=dataclasses.replace(experiment.data, heldout=256),
+    steps=200,
+    ema=Ema(0.98),
+    evaluations=(HeldOut(), PicturePreview(n=8, sampling=dataclasses.replace(SAMPLING, steps=8))),
+    target=Target("eval/heldout/error", at_most=0.2),
+)

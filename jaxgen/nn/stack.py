@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 from jaxtyping import Array, PyTree
 
-from jaxgen.nn.transformer import Remat
+Remat = Literal["none", "full", "dots"]
+"""What the backward pass finds saved: everything, only each block's input, or that and the matrix products."""
 
 POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 

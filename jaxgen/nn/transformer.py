@@ -19,14 +19,10 @@ from jaxgen.nn.feedforward import Activation, FeedForward, is_gated
 from jaxgen.nn.kernels import Kernel
 from jaxgen.nn.linear import Norm
 from jaxgen.nn.rope import Rope, Rope2D
+from jaxgen.nn.stack import POLICIES, Remat, stacked
 
 Cache = tuple[Float[Array, "N B S K D"], Float[Array, "N B S K D"]]
 """Keys and values of every layer: N layers, B sequences, S slots, K heads of size D."""
-
-Remat = Literal["none", "full", "dots"]
-"""What the backward pass finds saved: everything, only each block's input, or that and the matrix products."""
-
-POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Block(nn.Module):
@@ -95,9 +91,7 @@ def init_stack(block: nn.Module, depth: int, width: int, key: jax.Array, **told:
     and `told` are further arguments of it."""
     block = block.clone(attention=block.attention.clone(kernel="xla", rope=None))  # which hold no parameters
     x = jnp.zeros((1, 1, width))
-    layers = jax.vmap(lambda k: block.init(k, x, Mask(), **told)["params"])(jax.random.split(key, depth))
-    stack = lambda box: box.replace(names=("layers", *box.names))  # noqa: E731
-    return jax.tree.map(stack, layers, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return stacked(lambda k: block.init(k, x, Mask(), **told)["params"], depth, key)
 
 
 def run_stack(
