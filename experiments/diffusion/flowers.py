@@ -59,7 +59,7 @@ smoke = dataclasses.replace(
     task=dataclasses.replace(
         experiment.task,
         network=experiment.task.network.clone(
-            width=16, multipliers=(1, 2), blocks=1, attention=(1,), groups=8, classes=24
+            width=16, multipliers=(1, 2), blocks=1, attention=(1,), groups=8, head_dim=16, classes=24
         ),
     ),
     data=LabelledImages(size=32, heldout=0.05),

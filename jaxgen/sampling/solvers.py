@@ -59,6 +59,8 @@ class Move:
     """Number of the last station."""
     noise: Callable[[int], Picture]
     """Fresh unit noise of this step, by its number within the step."""
+    alone: bool = False
+    """x was changed at this station from outside, so that the steps before belong to another trajectory."""
 
     def station(self, ahead: int = 0) -> Station:
         """The station so many after that of the step."""
@@ -66,8 +68,8 @@ class Move:
 
     @property
     def done(self) -> Int[Array, ""]:
-        """Steps taken before this one."""
-        return self.i - self.begin
+        """Steps taken before this one, on the same trajectory."""
+        return self.i - (self.i if self.alone else self.begin)
 
     def at(self, x: Picture, s: Station) -> Picture:
         """The denoised x0 of x at a station."""
@@ -523,7 +525,7 @@ def solve_checked(
                 own = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, i), k + 1000 * number))
                 return normals(own(keys), x)
 
-            return Move(denoise, path, condition, levels, i, begin, steps, noise)
+            return Move(denoise, path, condition, levels, i, begin, steps, noise, alone=replace is not None)
 
         if replace is None:
             x, history = solver.step(x, history, pass_of(0))

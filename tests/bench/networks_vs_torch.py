@@ -1,6 +1,6 @@
 """A training step of a diffusion network of jaxgen beside diffusers' on this machine's CPU: a process each, in turns.
 
-    pip install -e . torch diffusers && python tests/bench/networks_vs_torch.py [--rounds 7] [--case 0]
+    pip install -e . torch diffusers && python tests/bench/networks_vs_torch.py [--rounds 7] [--case 0] [--unrolled]
 
 Prints the median seconds of a step of each and the ratio of the medians; below 1 jaxgen is faster. Both take noisy
 pictures and times that are in memory, the mean squared error, and AdamW, in float32.
@@ -54,7 +54,7 @@ def theirs_step(case, arrays):
     return step, f"torch {torch.__version__}, {torch.get_num_threads()} threads, {count:.1f} M"
 
 
-def ours_step(case, arrays):
+def ours_step(case, arrays, scan=True):
     from jaxgen import runtime
 
     runtime.prepare()
@@ -69,7 +69,7 @@ def ours_step(case, arrays):
 
     told = Conditions()
     if case == "DiT-S/2":
-        model, told = DiT.S(2, classes=10), Conditions(classes=jnp.asarray(arrays["classes"], jnp.int32))
+        model, told = DiT.S(2, classes=10, scan=scan), Conditions(classes=jnp.asarray(arrays["classes"], jnp.int32))
     elif "5 M" in case:
         model = UNet(width=64, multipliers=(1, 2, 2), scale_shift=False)
     else:
@@ -101,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="turns of each")
     parser.add_argument("--case", type=int, choices=range(len(CASES)), help="only this one")
+    parser.add_argument("--unrolled", action="store_true", help="jaxgen's DiT with its blocks unrolled, not scanned")
     arguments = parser.parse_args()
     for case in CASES if arguments.case is None else (list(CASES)[arguments.case],):
         side, channels, batch = CASES[case]
@@ -110,7 +111,7 @@ def main() -> None:
             "x": random.normal(size=shape).astype(np.float32), "target": random.normal(size=shape).astype(np.float32),
             "label": np.linspace(0, 999, batch, dtype=np.float32), "classes": np.arange(batch) % 10,
         }  # fmt: skip
-        pipes = start(ours_step, case, arrays), start(theirs_step, case, arrays)
+        pipes = start(ours_step, case, arrays, not arguments.unrolled), start(theirs_step, case, arrays)
         (_, us), (_, them) = (pipe.recv() for pipe in pipes)
         steps = max(1, round(0.5 / turn(pipes[0], WARM)[-1]))  # a turn takes about half a second
         turn(pipes[1], WARM)
