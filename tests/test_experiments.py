@@ -28,7 +28,16 @@ FILES = sorted((ROOT / "experiments").glob("*/*.py"))
 LIBTPU = subprocess.run([sys.executable, "-c", "import libtpu"], capture_output=True).returncode == 0
 
 
-@pytest.fixture(params=FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+HEAVY = {f"diffusion/{name}" for name in ("autoencoder", "edm_cifar10", "emoji", "flowers")}
+"""Take half a minute each to compile; they wait for `-m experiments`."""
+
+
+def of(path):
+    name = f"{path.parent.name}/{path.stem}"
+    return pytest.param(path, id=name, marks=[pytest.mark.experiments] * (name in HEAVY))
+
+
+@pytest.fixture(params=map(of, FILES))
 def file(request):
     return request.param
 
