@@ -17,6 +17,16 @@ from jaxtyping import install_import_hook  # noqa: E402
 _hook = install_import_hook(["jaxgen.nn", "jaxgen.models", "jaxgen.sampling"], "beartype.beartype")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A file's tests go to one worker, which compiles what they share once; those of an experiment file likewise."""
+    for item in items:
+        name = item.path.stem
+        if name == "test_experiments" and "file" in item.fixturenames:
+            name = item.callspec.id
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture
 def double():
     """JAX in float64."""

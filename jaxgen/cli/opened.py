@@ -62,26 +62,12 @@ def open_run(arguments: argparse.Namespace, verb: str, overrides: Sequence[str] 
     stored = record.stored(directory)   # before anything slow
     runtime.prepare(arguments.devices)
     runtime.start()
-    import jax
-
-    from jaxgen.training.checkpoint import Checkpoints
-    from jaxgen.training.parameters import merge
+    from jaxgen.training.opening import weights_of
 
     experiment = experiment_of(directory, stored, arguments.trust, overrides)
     experiment, program = _program(_own_tokenizer(experiment, directory))
-    shapes = program.shapes
-    checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, read_only=True)
-    averaged = arguments.weights == "ema" and shapes.ema is not None
-    which, target = ("ema", shapes.ema) if averaged else ("params", shapes.params)
-    step, weights = checkpoints.restore(target, arguments.step, part=which)
-    if averaged:
-        weights = program.ema.weights(weights)
-    frozen, state = shapes.frozen, shapes.state
-    if jax.tree.leaves(frozen):
-        frozen = checkpoints.restore_once("frozen", frozen)
-    if jax.tree.leaves(state):
-        _, state = checkpoints.restore(state, step, part="state")
-    return Opened(directory, experiment, program, step, merge(weights, frozen), state)
+    found = weights_of(directory, experiment, program, arguments.weights, arguments.step)
+    return Opened(directory, experiment, program, found.step, found.params, found.state)
 
 
 def _allowed(overrides: Sequence[str]) -> None:

@@ -22,7 +22,8 @@ from jaxgen.data.base import Data, Prepared, Progress
 from jaxgen.data.batching import check_skipped, endless, fold, skipped
 from jaxgen.data.captions import encode_captions
 from jaxgen.data.images import MAX_PIXELS, BadImage, Picture, read
-from jaxgen.data.pictures import Pictures, Row, Strings, StringsWriter, mapped_array, no_column, open_pictures
+from jaxgen.data.pictures import open_pictures
+from jaxgen.data.rows import Pictures, Row, Strings, StringsWriter, mapped_array, no_column
 from jaxgen.data.sources import printable
 from jaxgen.data.tokenizers import SentencePiece, Tokenizer, TokenizerConfig, load
 from jaxgen.data.transforms import CenterCrop, Resize, Transform, apply, patchify, pillow

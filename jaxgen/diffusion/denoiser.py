@@ -64,6 +64,6 @@ class Model:
         return Denoiser(network, self.path, self.prediction)
 
 
-def noise_of(x0: Picture, x: Picture, alpha: Float[Array, "B"], sigma: Float[Array, "B"]) -> Picture:
-    """The unit noise that x holds besides alpha x0."""
+def noise_of(x0: Picture, x: Picture, alpha: Float[Array, "*B"], sigma: Float[Array, "*B"]) -> Picture:
+    """The unit noise that x holds besides alpha x0; alpha and sigma are each example's, or one for all."""
     return (x - along(alpha, x) * x0) / along(sigma, x)

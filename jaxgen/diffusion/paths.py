@@ -47,8 +47,8 @@ class Path:
         return along(self.alpha(t), x0) * x0 + along(self.sigma(t), x0) * noise
 
 
-def along(values: Float[Array, "B"], x: Picture) -> Picture:
-    """A number for each example, in the shape that multiplies x."""
+def along(values: Float[Array, "*B"], x: Picture) -> Picture:
+    """A number for each example, or one for all, in the shape that multiplies x."""
     return jnp.reshape(values, (*values.shape, *(1,) * (x.ndim - values.ndim)))
 
 

@@ -69,12 +69,12 @@ def drawing(setting: Setting, count: int, sampling: Sampling, **more: Any) -> An
     def placed(array):
         if array is None:
             return None
-        return whole.place(sharding, _filled(array, rows), "batch", *(None,) * (array.ndim - 1))
+        return whole.place(sharding, whole.padded(array, rows, array[0]), "batch", *(None,) * (array.ndim - 1))
 
     def conditions(batch):
         spec = {k: jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for k, v in batch.items()}
         layout = batch_shardings(task, sharding, spec)
-        batch = {k: _filled(v, rows) for k, v in batch.items()}
+        batch = {k: whole.padded(v, rows, v[0]) for k, v in batch.items()}
         return {k: jax.make_array_from_callback(v.shape, layout[k], v.__getitem__) for k, v in batch.items()}
 
     def run(params, state, batch, index, seed, unwanted=None, edit=None):
@@ -88,11 +88,6 @@ def drawing(setting: Setting, count: int, sampling: Sampling, **more: Any) -> An
         return np.asarray(jax.jit(lambda x: x, out_shardings=sharding.replicated)(found))[:given]
 
     return run
-
-
-def _filled(array: np.ndarray, rows: int) -> np.ndarray:
-    """With its first row again after it, up to so many rows."""
-    return np.concatenate([array, np.repeat(array[:1], rows - len(array), 0)])
 
 
 def _size(pictures: np.ndarray) -> int:

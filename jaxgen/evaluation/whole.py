@@ -139,7 +139,7 @@ def place(sharding: Sharding, array: np.ndarray, *names: str | None) -> jax.Arra
 
 
 def padded(array: np.ndarray, length: int, fill: Any = 0) -> np.ndarray:
-    """The array with rows of `fill` after it."""
+    """The array with rows of `fill` (a number, or a row) after it, up to so many."""
     return np.concatenate([array, np.full((length - len(array), *array.shape[1:]), fill, array.dtype)])
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxgen import sharding
 from jaxgen.errors import UserError
+from jaxgen.models.conditions import check_levels
 from jaxgen.nn.attention import Mask, attention
 from jaxgen.nn.convolution import Conv, GroupNorm, doubled
 from jaxgen.nn.dtypes import DType
@@ -259,11 +260,8 @@ class Autoencoder(nn.Module):
                 )
         if min(self.std) <= 0 or self.scale <= 0:
             raise UserError("std and scale of an Autoencoder are above 0.")
-        if shape is not None and (shape[0] % self.factor or shape[1] % self.factor or not shape[0] * shape[1]):
-            raise UserError(
-                f"An autoencoder of {len(self.multipliers)} levels takes pictures whose sides are multiples of "
-                f"{self.factor}, and not {shape[0]} x {shape[1]}."
-            )
+        if shape is not None:
+            check_levels(f"An autoencoder of {len(self.multipliers)} levels", self.factor, shape)
 
     def setup(self):
         self.check()

@@ -1,4 +1,4 @@
-"""What a diffusion network is told besides the noisy picture and its time, and how it takes it in."""
+"""What a diffusion network is told besides the noisy picture and its time, how it takes it in, and what fits it."""
 
 import typing
 
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen import sharding
+from jaxgen.errors import UserError
 from jaxgen.nn.attention import Mask
 from jaxgen.nn.dtypes import DType
 from jaxgen.nn.linear import Embedding, Linear
@@ -33,6 +34,39 @@ class Conditions:
     height and width wanted (Podell et al. 2023, section 2.2)."""
     image: Float[Array, "B H W K"] | None = None
     """A picture beside the noisy one: masks and what they leave, a picture to be edited, a smaller one."""
+
+
+def check_levels(what: str, multiple: int, shape: tuple[int, ...]) -> None:
+    """UserError where `what` cannot halve pictures of this shape (H, W, ...) as often as it does."""
+    height, width = shape[:2]
+    if height % multiple or width % multiple or not height * width:
+        raise UserError(f"{what} takes pictures whose sides are multiples of {multiple}, and not {height} x {width}.")
+
+
+def check_patches(patch: int, shape: tuple[int, ...]) -> None:
+    """UserError where pictures of this shape (H, W, ...) cannot be cut into patches."""
+    height, width = shape[:2]
+    if height % patch or width % patch or not height * width:
+        raise UserError(f"A picture of {height} x {width} is not made of whole patches of {patch}.")
+
+
+def check_out(out: int, channels: int) -> None:
+    """UserError where a result of `out` channels says nothing of a picture of `channels`."""
+    if out not in (channels, 2 * channels):
+        raise UserError(
+            f"out = {out} is neither the picture's {channels} channels nor twice as many (for a learned variance)."
+        )
+
+
+def with_image(
+    x: Float[Array, "B H W C"], conditions: Conditions, what: str = "", channels: int = 0
+) -> Float[Array, "B H W D"]:
+    """x and the picture beside it; UserError where these are not the `channels` that `what` takes (0: any)."""
+    if conditions.image is not None:
+        x = jnp.concatenate([x, conditions.image.astype(x.dtype)], -1)
+    if channels and x.shape[-1] != channels:
+        raise UserError(f"A picture of {x.shape[-1]} channels does not fit {what} of {channels}.")
+    return x
 
 
 def sinusoids(label: Float[Array, "*n"], width: int, shift: int = 0, longest: float = 1e4) -> Float[Array, "*n width"]:

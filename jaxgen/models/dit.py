@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxgen import sharding
 from jaxgen.errors import UserError
-from jaxgen.models.conditions import Conditions, Telling, seen_with
+from jaxgen.models.conditions import Conditions, Telling, check_out, check_patches, seen_with, with_image
 from jaxgen.nn.attention import Attention, Mask
 from jaxgen.nn.dropout import dropout
 from jaxgen.nn.dtypes import DType, resolve
@@ -122,14 +122,8 @@ class DiT(nn.Module):
             )
         if self.positions == "sincos" and self.width % 4:
             raise UserError(f"Sinusoidal rows and columns need a width that is a multiple of 4, not {self.width}.")
-        height, width, channels = shape
-        if height % self.patch or width % self.patch or not height * width:
-            raise UserError(f"A picture of {height} x {width} is not made of whole patches of {self.patch}.")
-        if self.out not in (channels, 2 * channels):
-            raise UserError(
-                f"out = {self.out} is neither the picture's {channels} channels nor twice as many (for a learned "
-                "variance)."
-            )
+        check_patches(self.patch, shape)
+        check_out(self.out, shape[2])
 
     @property
     def multiple(self) -> int:
@@ -175,10 +169,7 @@ class DiT(nn.Module):
         """The output for noisy pictures. `label` tells of the time; `key` turns dropout on. Without `classes` the class
         is none; text and the pooled embedding have to be there where the network takes them."""
         self.check(x.shape[1:])
-        if conditions.image is not None:
-            x = jnp.concatenate([x, conditions.image.astype(x.dtype)], -1)
-        if self.channels and x.shape[-1] != self.channels:
-            raise UserError(f"A picture of {x.shape[-1]} channels does not fit a DiT of {self.channels}.")
+        x = with_image(x, conditions, "a DiT", self.channels)
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
         places, before = grid(rows, columns), 0
         x = patchify(x, self.patch)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxgen import sharding
 from jaxgen.errors import UserError
-from jaxgen.models.conditions import Conditions
+from jaxgen.models.conditions import Conditions, check_levels, check_out, with_image
 from jaxgen.nn.attention import Mask, attention
 from jaxgen.nn.convolution import Conv
 from jaxgen.nn.dtypes import DType, resolve
@@ -241,17 +241,8 @@ class EDM2(nn.Module):
         if min(self.out, self.width, self.blocks, self.head_dim, *self.multipliers, len(self.multipliers)) < 1:
             raise UserError("out, width, blocks, head_dim and the multipliers of an EDM2 are at least 1.")
         last = len(self.multipliers) - 1
-        height, width, channels = shape
-        if height % self.multiple or width % self.multiple or not height * width:
-            raise UserError(
-                f"An EDM2 of {last + 1} levels takes pictures whose sides are multiples of {self.multiple}, and not "
-                f"{height} x {width}."
-            )
-        if self.out not in (channels, 2 * channels):
-            raise UserError(
-                f"out = {self.out} is neither the picture's {channels} channels nor twice as many (for a learned "
-                "variance)."
-            )
+        check_levels(f"An EDM2 of {last + 1} levels", self.multiple, shape)
+        check_out(self.out, shape[2])
         for level in self.attention:
             if not 0 <= level <= last:
                 raise UserError(f"There is no level {level}; the levels are 0 to {last}.")
@@ -295,8 +286,7 @@ class EDM2(nn.Module):
         is none; the pooled embedding has to be there where the network takes it."""
         self.check(x.shape[1:])
         dtype, plan = resolve(self.dtype), list(self.plan())
-        if conditions.image is not None:
-            x = jnp.concatenate([x, conditions.image.astype(x.dtype)], -1)
+        x = with_image(x, conditions)
         told = silu(self._told(label, conditions)).astype(dtype)
         keys = iter(jax.random.split(key, len(plan)) if key is not None else [None] * len(plan))
 

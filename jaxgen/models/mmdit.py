@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxgen import sharding
 from jaxgen.errors import UserError
-from jaxgen.models.conditions import Conditions, Telling, seen_with, sinusoids
+from jaxgen.models.conditions import Conditions, Telling, check_out, check_patches, seen_with, sinusoids, with_image
 from jaxgen.nn.attention import Mask, attention
 from jaxgen.nn.dtypes import DType, resolve
 from jaxgen.nn.feedforward import FeedForward
@@ -289,24 +289,18 @@ class MMDiT(nn.Module):
             raise UserError(f"The width {self.width} is not a multiple of the {self.heads} heads.")
         if not 0 <= self.dual <= self.depth:
             raise UserError(f"dual = {self.dual} should be at least 0 and at most the {self.depth} joint blocks.")
-        height, width, channels = shape
-        if height % self.patch or width % self.patch or not height * width:
-            raise UserError(f"A picture of {height} x {width} is not made of whole patches of {self.patch}.")
-        if self.out not in (channels, 2 * channels):
-            raise UserError(
-                f"out = {self.out} is neither the picture's {channels} channels nor twice as many (for a learned "
-                "variance)."
-            )
+        check_patches(self.patch, shape)
+        check_out(self.out, shape[2])
         if self.positions == "rope":
             if len(self.rope.sizes(self.width // self.heads)) < 2:
                 raise UserError("The rotary axes of an MMDiT are at least two: row and column.")
             return
         if self.width % 4:
             raise UserError(f"Sines and cosines of rows and columns need a width in steps of 4, not {self.width}.")
-        if max(height, width) > self.table * self.patch:
+        if max(shape[:2]) > self.table * self.patch:
             raise UserError(
-                f"A picture of {height} x {width} has more than {self.table} patches of {self.patch} along a side; "
-                "give the network a larger table."
+                f"A picture of {shape[0]} x {shape[1]} has more than {self.table} patches of {self.patch} along a "
+                "side; give the network a larger table."
             )
 
     @property
@@ -355,10 +349,7 @@ class MMDiT(nn.Module):
         scale; there is no dropout for `key`. Without `classes` the class is none; text and the pooled embedding have to
         be there where the network takes them."""
         self.check(x.shape[1:])
-        if conditions.image is not None:
-            x = jnp.concatenate([x, conditions.image.astype(x.dtype)], -1)
-        if self.channels and x.shape[-1] != self.channels:
-            raise UserError(f"A picture of {x.shape[-1]} channels does not fit an MMDiT of {self.channels}.")
+        x = with_image(x, conditions, "an MMDiT", self.channels)
         dtype, batch = resolve(self.dtype), x.shape[0]
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch
         x = patchify(x, self.patch)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxgen import sharding
 from jaxgen.errors import UserError
-from jaxgen.nn.convolution import Conv, batch_norm, group_norm, halved
+from jaxgen.nn.convolution import Conv, GroupNorm, batch_norm, halved
 from jaxgen.nn.dtypes import DType
 from jaxgen.nn.linear import Linear
 
@@ -56,7 +56,7 @@ class Residual(nn.Module):
 
         def norm(name: str, start: float = 1.0):
             if self.form == "bit":
-                return group_norm(self.groups, self.epsilon, self.dtype, name)
+                return GroupNorm(self.groups, self.epsilon, dtype=self.dtype, name=name)
             return batch_norm(train, self.momentum, self.epsilon, self.dtype, name, start)
 
         if self.form == "bit":
@@ -178,7 +178,7 @@ class ResNet(nn.Module):
         for name, block in self.residuals():
             x = block.copy(name=name)(x, train)
         if self.form == "bit":
-            x = jax.nn.relu(group_norm(self.groups, self.norm_epsilon, self.dtype, "final_norm")(x))
+            x = jax.nn.relu(GroupNorm(self.groups, self.norm_epsilon, dtype=self.dtype, name="final_norm")(x))
         pooled = x.mean((1, 2))
         if not self.out:
             return x, pooled

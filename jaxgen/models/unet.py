@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxgen import sharding
 from jaxgen.errors import UserError
-from jaxgen.models.conditions import Conditions, Telling
+from jaxgen.models.conditions import Conditions, Telling, check_levels, check_out, with_image
 from jaxgen.nn.attention import Attention, Mask
 from jaxgen.nn.convolution import Conv, GroupNorm, doubled
 from jaxgen.nn.dropout import dropout
@@ -247,7 +247,6 @@ class UNet(nn.Module):
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raises UserError for sizes that do not fit together, or not pictures of this shape (H, W, C)."""
-        height, width, channels = shape
         if not self.multipliers or min(self.out, self.width, self.blocks, self.groups, *self.multipliers) < 1:
             raise UserError("out, width, blocks, groups and multipliers of a U-Net are at least 1.")
         if self.readers and len(self.readers) != len(self.multipliers):
@@ -268,16 +267,8 @@ class UNet(nn.Module):
             if attends and features % (self.heads or self.head_dim):
                 what = f"{self.heads} heads" if self.heads else f"head size {self.head_dim}"
                 raise UserError(f"Level {level} has {features} features, no multiple of its {what}.")
-        if height % self.multiple or width % self.multiple or not height * width:
-            raise UserError(
-                f"A U-Net of {len(self.multipliers)} levels takes pictures whose sides are multiples of "
-                f"{self.multiple}, not {height} x {width}."
-            )
-        if self.out not in (channels, 2 * channels):
-            raise UserError(
-                f"out = {self.out} is neither the picture's {channels} channels nor twice as many (for a learned "
-                "variance)."
-            )
+        check_levels(f"A U-Net of {len(self.multipliers)} levels", self.multiple, shape)
+        check_out(self.out, shape[2])
 
     @nn.compact
     def __call__(
@@ -290,10 +281,7 @@ class UNet(nn.Module):
         """The output for noisy pictures. `label` tells of the time; `key` turns dropout on. Without `classes` the class
         is none; text, pooled embedding and sizes have to be there where the network takes them."""
         self.check(x.shape[1:])
-        if conditions.image is not None:
-            x = jnp.concatenate([x, conditions.image.astype(x.dtype)], -1)
-        if self.channels and x.shape[-1] != self.channels:
-            raise UserError(f"A picture of {x.shape[-1]} channels does not fit a U-Net of {self.channels}.")
+        x = with_image(x, conditions, "a U-Net", self.channels)
         return self._run(_Modules(self, conditions, label, key), x).astype(jnp.float32)
 
     def flops_per_example(self, shape: tuple[int, int, int], length: int = 0) -> float:

@@ -91,15 +91,6 @@ def batch_norm(train: bool, momentum: float, epsilon: float, dtype: DType, name:
     )  # fmt: skip
 
 
-def group_norm(groups: int, epsilon: float, dtype: DType, name: str) -> nn.Module:
-    """Group normalisation (Wu & He 2018)."""
-    return nn.GroupNorm(
-        num_groups=groups, epsilon=epsilon, dtype=resolve(dtype), name=name, use_fast_variance=False,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
-    )  # fmt: skip
-
-
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He 2018) and what follows it: a scale and a shift that are told (Dhariwal & Nichol
     2021, eq. 8), and silu. Computed in float32."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxgen.diffusion.denoiser import Denoise, Denoiser
+from jaxgen.diffusion.denoiser import Denoise, Denoiser, noise_of
 from jaxgen.diffusion.paths import Path
 from jaxgen.errors import UserError
 from jaxgen.sampling.grids import Levels
@@ -119,7 +119,7 @@ class Ddim(Solver):
         s, n = move.station(), move.station(1)
         x0 = move.at(x, s)
         std = self.eta * _posterior(s, n)
-        noise = (x - s.alpha * x0) / s.sigma
+        noise = noise_of(x0, x, s.alpha, s.sigma)
         along = jnp.sqrt(jnp.maximum(n.sigma**2 - std**2, 0))
         return (n.alpha * x0 + along * noise + std * move.noise(0)).astype(x.dtype), history
 
@@ -335,8 +335,9 @@ class DpmPP2MSde(_TwoPictures):
 
 @dataclasses.dataclass(frozen=True)
 class DpmPP3M(Solver):
-    """DPM-Solver++(3M): divided differences of three denoised pictures (Lu et al. 2022, appendix B). Its first
-    steps, of lower order, leave it at order 2 unless they are small or at much noise."""
+    """DPM-Solver++(3M): the exact step (Lu et al. 2022, section 3) for the parabola through the last three denoised
+    pictures. Its first steps, of lower order, leave it at order 2 unless they are small or at much noise. (Common
+    programs of this name take half of the parabola's square term, which is of order 2 whatever the start.)"""
 
     def start(self, x):
         return Past.of(x, 2)
@@ -353,7 +354,7 @@ class DpmPP3M(Solver):
         safe = jnp.where(jnp.isfinite(h), h, 1)
         first = -jnp.expm1(-safe)  # 1 - exp(-h)
         found = hold(x, x0, s, n)
-        if_three = slope * (1 - first / safe) - bend * ((safe - first) / safe**2 - 0.5)
+        if_three = slope * (1 - first / safe) + bend * (1 - 2 * (safe - first) / safe**2)
         change = n.alpha * jnp.where(both, if_three, 0.5 * first * near)
         return (found + jnp.where(jnp.isfinite(h), change, 0)).astype(x.dtype), history.push(x0)
 
@@ -375,7 +376,7 @@ class Deis(Solver):
     def step(self, x, history, move):
         s, n = move.station(), move.station(1)
         x0 = move.at(x, s)
-        noise = (x - s.alpha * x0) / s.sigma
+        noise = noise_of(x0, x, s.alpha, s.sigma)
         found = hold(x, x0, s, n)
         order = jnp.minimum(move.done + 1, self.order)
         order = jnp.where(jnp.isfinite(_growth(s, n)), order, 1)

@@ -1,8 +1,8 @@
-"""The network of a run, with its weights, for measurements of another."""
+"""The weights of a run, and its network for measurements of another."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,6 +14,33 @@ from jaxgen.sharding import Sharding
 from jaxgen.training.checkpoint import Checkpoints
 from jaxgen.training.parameters import merge
 from jaxgen.training.step import Program
+
+
+class Weights(NamedTuple):
+    """Those of one step of a run."""
+
+    step: int
+    averaged: bool
+    params: Any
+    """With what is frozen."""
+    state: Any
+
+
+def weights_of(directory: Path, experiment: Any, program: Program, weights: str, step: int | str) -> Weights:
+    """Reads a step of a run, in the layout of the program; `weights` are "ema" (raw where none is kept) or "raw"."""
+    shapes = program.shapes
+    reader = Checkpoints(directory / "checkpoints", experiment.checkpoint, read_only=True)
+    averaged = weights == "ema" and shapes.ema is not None
+    which, target = ("ema", shapes.ema) if averaged else ("params", shapes.params)
+    step, params = reader.restore(target, step, part=which)
+    if averaged:
+        params = program.ema.weights(params)
+    frozen, state = shapes.frozen, shapes.state
+    if jax.tree.leaves(frozen):
+        frozen = reader.restore_once("frozen", frozen)
+    if jax.tree.leaves(state):
+        _, state = reader.restore(state, step, part="state")
+    return Weights(step, averaged, merge(params, frozen), state)
 
 
 def network(
@@ -34,22 +61,12 @@ def network(
     program = Program(
         experiment.task, experiment.optimizer, scope, shapes_of_data, experiment.steps, ema=experiment.ema
     )
-    shapes = program.shapes
-    reader = Checkpoints(directory / "checkpoints", experiment.checkpoint, read_only=True)
-    averaged = pretrained.weights == "ema" and shapes.ema is not None
     step = int(pretrained.step) if pretrained.step.isdecimal() else pretrained.step
-    which, target = ("ema", shapes.ema) if averaged else ("params", shapes.params)
-    step, weights = reader.restore(target, step, part=which)
-    if averaged:
-        weights = program.ema.weights(weights)
-    if jax.tree.leaves(shapes.frozen):
-        weights = merge(weights, reader.restore_once("frozen", shapes.frozen))
-    state = shapes.state
-    if jax.tree.leaves(state):
-        _, state = reader.restore(state, step, part="state")
+    found = weights_of(directory, experiment, program, pretrained.weights, step)
     shape = shapes_of_data["image"].shape[1:]
-    name = f"{experiment.name} step {step} {'ema' if averaged else 'raw'}"
-    return of_task(name, experiment.task, weights, state, shape, sharding, _encoder(directory, experiment.data))
+    name = f"{experiment.name} step {found.step} {'ema' if found.averaged else 'raw'}"
+    encoder = _encoder(directory, experiment.data)
+    return of_task(name, experiment.task, found.params, found.state, shape, sharding, encoder)
 
 
 def _encoder(directory: Path, data: Any) -> Any:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxgen.data import pictures
+from jaxgen.data import tars
+from jaxgen.data.array_records import example_fields
 from jaxgen.data.images import BadImage, decode
-from jaxgen.data.pictures import open_pictures, read_idx
+from jaxgen.data.pictures import idx_labels, open_pictures, read_idx
 from jaxgen.errors import UserError
 
 
@@ -159,7 +160,7 @@ def test_a_tar_is_indexed_once(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(5)])
     assert len(open_pictures(str(tmp_path / "a.tar"), cache=tmp_path / "cache")) == 5
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("indexed again"))
-    monkeypatch.setattr(pictures, "_stem", lambda *_: pytest.fail("samples found again"))
+    monkeypatch.setattr(tars, "_stem", lambda *_: pytest.fail("samples found again"))
     source = open_pictures(str(tmp_path / "a.tar"), cache=tmp_path / "cache")
     assert len(source) == 5 and source.image(3) == png(3)
     monkeypatch.undo()
@@ -219,10 +220,10 @@ def test_array_record(tmp_path):
 
 def test_unpacked_and_damaged_examples():
     ints = field(3, varint(1 << 3) + varint(5) + varint(8) + varint(6))  # each of its own, as older writers do
-    assert pictures.example_fields(field(1, field(1, field(1, b"a") + field(2, ints)))) == {"a": [5, 6]}
+    assert example_fields(field(1, field(1, field(1, b"a") + field(2, ints)))) == {"a": [5, 6]}
     for damaged in (b"", b"\x0a", b"\xff" * 20, b"\x0b\x00", b"\x0a\xff\xff\x01abc"):
         with pytest.raises((ValueError, IndexError)):
-            pictures.example_fields(damaged)
+            example_fields(damaged)
 
 
 def test_arrays(tmp_path):
@@ -278,8 +279,8 @@ def test_labels_of_an_idx_file_by_its_own_name(tmp_path):
     (folder / "labels-idx1-ubyte").write_bytes(idx(np.array([7, 0, 2], np.uint8)))
     source = open_pictures(str(folder / "images-idx3-ubyte"))
     assert [source.row(i).columns for i in range(3)] == [{"label": 7}, {"label": 0}, {"label": 2}]
-    assert pictures.idx_labels("images/t10k-images.idx3-ubyte") == "images/t10k-labels.idx1-ubyte"
-    assert pictures.idx_labels("images/other") == ""
+    assert idx_labels("images/t10k-images.idx3-ubyte") == "images/t10k-labels.idx1-ubyte"
+    assert idx_labels("images/other") == ""
 
 
 def test_tfds(tmp_path, monkeypatch):

@@ -7,15 +7,26 @@ import jax.numpy as jnp
 import network_reference as reference
 import numpy as np
 import pytest
-from networks import LABEL, Flat, counted, expected_of, forward, normal, params_of
+from networks import (
+    LABEL,
+    Flat,
+    agrees,
+    agrees_in_bfloat16,
+    counts_its_operations,
+    forward,
+    gradient_at_first,
+    normal,
+    params_of,
+    refuses,
+    squares,
+)
 from quick import jit
-from towers import close, on_mesh, random_of, shapes_of, size_of
+from towers import close, on_mesh, random_of, size_of
 
 from jaxgen.errors import UserError
 from jaxgen.models.conditions import Conditions, Telling
 from jaxgen.models.dit import DiT
 from jaxgen.nn.rope import Rope2D
-from jaxgen.sharding import unbox
 
 BASE = DiT(out=2, patch=2, width=16, depth=2, heads=2, periods=32)
 X = normal(0, 2, 4, 8, 2)
@@ -35,26 +46,14 @@ FORMS = {
 }  # fmt: skip
 
 
-@functools.cache
-def params(form):
-    model, told = FORMS[form]
-    return params_of(model, X, told)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_agrees_with_numpy(form):
-    model, told = FORMS[form]
-    expected = expected_of(reference.dit, model, params(form), X, LABEL, told)
-    assert expected.std() > 0.1
-    close(forward(model, params(form), X, LABEL, told), expected, 5e-5)
+    agrees(reference.dit, FORMS[form][0], X, LABEL, FORMS[form][1], 5e-5)
 
 
 def test_starts_at_zero():
     """adaLN-zero: the result is nothing, whatever comes, and the last layer has a gradient."""
-    model, told = FORMS["classes"][0].clone(depth=1), CLASSES
-    started = unbox(jit(model.init)(jax.random.key(0), X, LABEL, told)["params"])
-    assert not np.any(forward(model, started, X, LABEL, told))
-    gradient = jit(jax.grad(lambda p: jnp.square(model.apply({"params": p}, X, LABEL, told) - X).sum()))(started)
+    gradient = gradient_at_first(FORMS["classes"][0].clone(depth=1), X, CLASSES)
     assert np.abs(gradient["head"]["kernel"]).max() > 0.1
     assert not np.any(gradient["blocks"]["attention"]["query"]["kernel"])
 
@@ -73,7 +72,7 @@ def test_no_class_is_the_last():
 def test_padding_is_not_read():
     """Tokens that are not there have no gradient, and are as if left out."""
     model, told = FORMS["text"]
-    p = params("text")
+    p = params_of(model, X, told)
 
     def total(tokens):
         return jnp.square(model.apply({"params": p}, X, LABEL, told.replace(tokens=tokens))).sum()
@@ -85,18 +84,14 @@ def test_padding_is_not_read():
 
 
 def test_dropout():
-    model, told = FORMS["plain"][0].clone(dropout=0.5), Conditions()
-    p, key = params("plain"), jax.random.key(1)
-    whole = forward(model, p, X, LABEL, told)
-    np.testing.assert_array_equal(whole, forward(FORMS["plain"][0], p, X, LABEL, told))
-    assert np.abs(forward(model, p, X, LABEL, told, key) - whole).max() > 0.01
+    model, p = BASE.clone(dropout=0.5), params_of(BASE, X)
+    whole = forward(model, p, X, LABEL)
+    np.testing.assert_array_equal(whole, forward(BASE, p, X, LABEL))
+    assert np.abs(forward(model, p, X, LABEL, key=jax.random.key(1)) - whole).max() > 0.01
 
 
 def test_in_bfloat16():
-    model, told = FORMS["text"]
-    found = forward(model.clone(dtype="bfloat16"), params("text"), X, LABEL, told)
-    assert found.dtype == jnp.float32
-    close(found, forward(model, params("text"), X, LABEL, told), 0.1)
+    agrees_in_bfloat16(FORMS["text"][0], X, TEXT)
 
 
 # ---- sizes ----
@@ -116,21 +111,12 @@ def test_sizes_of_the_paper(model, millions, billions):
 
 @pytest.mark.parametrize("case", ["classes", "text"])
 def test_counts_its_operations(case):
-    """Within 3 % of the compiler's count of the unrolled program, forward and with the gradient."""
     model = DiT(out=4, width=256, depth=2, heads=4, classes=10, scan=False, dtype="float32")
-    x, label = jnp.zeros((4, 16, 16, 4)), jnp.zeros(4)
-    told, length = Conditions(), 0
+    told = Conditions()
     if case == "text":
-        model, length = model.clone(text=96, pooled=48), 24
-        told = Conditions(tokens=jnp.zeros((4, length, 96)), pooled=jnp.zeros((4, 48)))
-    p = shapes_of(model, x, label, told)["params"]
-
-    def total(p, x, label, told):
-        return model.apply({"params": p}, x, label, told).sum()
-
-    analytic = 4 * model.flops_per_example((16, 16, 4), length)
-    for function, times in ((total, 1), (jax.grad(total), 3)):
-        assert counted(function, p, x, label, told) == pytest.approx(times * analytic, rel=0.03)
+        model = model.clone(text=96, pooled=48)
+        told = Conditions(tokens=jnp.zeros((4, 24, 96)), pooled=jnp.zeros((4, 48)))
+    counts_its_operations(model, jnp.zeros((4, 16, 16, 4)), told)
 
 
 # ---- on a mesh ----
@@ -145,15 +131,12 @@ def test_on_a_mesh_as_alone():
         normal(6, 8, 8), jnp.arange(8) % 4,
     )  # fmt: skip
 
-    def run(model, variables, *inputs):
-        return jax.value_and_grad(lambda v: jnp.square(model.apply(v, *inputs)).mean())(variables)
-
     variables = random_of(model, *inputs)
-    alone = jit(functools.partial(run, model))(variables, *inputs)
+    alone = jit(functools.partial(squares, model))(variables, *inputs)
     for change, sizes in (
         ({"scan": False}, {"data": 2, "fsdp": 2, "tensor": 2}), ({"remat": "full"}, {"fsdp": 4, "sequence": 2}),
     ):  # fmt: skip
-        other = functools.partial(run, model.clone(net=model.net.clone(**change)))
+        other = functools.partial(squares, model.clone(net=model.net.clone(**change)))
         found, split = on_mesh(other, model, variables, inputs, **sizes)
         assert split > 8
         close(found, alone, 2e-5)
@@ -172,15 +155,14 @@ def test_on_a_mesh_as_alone():
     ({}, (4, 8, 3), "out = 2 is neither the picture's 3 channels nor twice as many (for a learned variance)."),
 ])  # fmt: skip
 def test_what_does_not_fit(change, shape, words):
-    with pytest.raises(UserError) as caught:
-        BASE.clone(**change).check(shape)
-    assert str(caught.value) == words
+    refuses(BASE.clone(**change), shape, words)
 
 
 def test_conditions_that_are_missing():
     model, told = FORMS["text"]
     for missing, words in (("tokens", "have no tokens"), ("pooled", "takes a pooled embedding")):
         with pytest.raises(ValueError, match=words):
-            model.apply({"params": params("text")}, X, LABEL, told.replace(**{missing: None}))
+            model.apply({"params": params_of(model, X, told)}, X, LABEL, told.replace(**{missing: None}))
+    model, told = FORMS["beside"]
     with pytest.raises(UserError, match="A picture of 2 channels does not fit a DiT of 5."):
-        FORMS["beside"][0].apply({"params": params("beside")}, X, LABEL)
+        model.apply({"params": params_of(model, X, told)}, X, LABEL)

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from network_reference import waves
+from networks import LABEL, Flat, agrees, counts_its_operations, expected_of, forward, normal, params_of, refuses
 from quick import jit
-from towers import close, float64, on_mesh, random_of
+from reference import gelu, silu
+from towers import close, on_mesh, random_of
+from vision_reference import cut
 
 from jaxgen.errors import UserError
 from jaxgen.models.conditions import Conditions
 from jaxgen.models.mmdit import MMDiT, Single
 from jaxgen.nn.rope import RopeAxes
-from jaxgen.sharding import unbox
 
 pytestmark = pytest.mark.experiments  # many programs to compile
 
@@ -25,26 +28,12 @@ FORMS = {
     "classes, no text": BASE.clone(text=0, pooled=0, classes=4, positions="rope", rope=RopeAxes((4, 4), 20.0)),
     "single blocks alone": BASE.clone(depth=0, single_depth=2, pooled=0, classes=4),
 }
-X, TOKENS, POOLED = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((8, 8, 12, 3), (8, 4, 6), (8, 6))))
-LABEL = jnp.array([17.0, 640.0, 1.5, 999.0, 300.0, 310.0, 0.0, 77.0])
-MASK = jnp.array([[True, True, True, False], [True, False, True, False]] * 4)
+X, TOKENS, POOLED = normal(0, 2, 8, 12, 3), normal(1, 2, 4, 6), normal(2, 2, 6)
+MASK = jnp.array([[True, True, True, False], [True, False, True, False]])
 
 
-def conditions_of(model, mask=None, classes=None):
-    return Conditions(
-        tokens=TOKENS if model.text else None, pooled=POOLED if model.pooled else None, mask=mask,
-        classes=classes,
-    )  # fmt: skip
-
-
-@functools.cache
-def params_of(model):
-    return random_of(model, X, LABEL, conditions_of(model))["params"]
-
-
-@functools.partial(jit, static_argnums=0)
-def forward(model, params, x, label, conditions, **more):
-    return model.apply({"params": params}, x, label, conditions, **more)
+def conditions_of(model, mask=None):
+    return Conditions(tokens=TOKENS if model.text else None, pooled=POOLED if model.pooled else None, mask=mask)
 
 
 # ---- the same in NumPy: an example, and a position, at a time where that is simpler ----
@@ -55,14 +44,6 @@ def dense(x, p):
     return np.tensordot(x, p["kernel"], ins) + p["bias"]
 
 
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
 def rms(x, p):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
 
@@ -70,11 +51,6 @@ def rms(x, p):
 def norm(x, shift, scale):
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     return x * (1 + scale) + shift
-
-
-def perceive(label, width=256):
-    angles = [label * 10_000.0 ** (-i / (width // 2)) for i in range(width // 2)]
-    return np.array([np.cos(a) for a in angles] + [np.sin(a) for a in angles])
 
 
 def two(x, p, name):
@@ -136,15 +112,10 @@ def single(model, p, x, told, seen, at):
     return x + m[2] * dense(both, p["out"])
 
 
-def expected_of(model, x, label, conditions, index, guidance=None):
-    """The output for one example, in float64."""
-    p, size = float64(params_of(model)), model.patch
-    rows, columns = x.shape[1] // size, x.shape[2] // size
+def mmdit(model, p, x, label, tokens=None, mask=None, pooled=None, classes=None, guidance=None):
+    """(H, W, C) to (H, W, out)."""
+    rows, columns, h = cut(x, model.patch)
     places = np.array([(0, r, c) for r in range(rows) for c in range(columns)])[:, -len(model.rope.sizes(8)) :]
-    h = np.stack([
-        np.float64(x[index, r * size : (r + 1) * size, c * size : (c + 1) * size]).ravel()
-        for r in range(rows) for c in range(columns)
-    ])  # fmt: skip
     h = dense(h, p["patch_embedding"])
     if model.positions == "learned":
         top, left = (model.table - rows) // 2, (model.table - columns) // 2
@@ -159,17 +130,16 @@ def expected_of(model, x, label, conditions, index, guidance=None):
                 ]  # fmt: skip
     text, seen = p.get("text_token"), np.ones(1, bool)
     if model.text:
-        text = dense(np.float64(conditions.tokens[index]), p["text_embedding"])
-        seen = np.ones(len(text), bool) if conditions.mask is None else np.asarray(conditions.mask[index])
+        text = dense(tokens, p["text_embedding"])
+        seen = np.ones(len(text), bool) if mask is None else mask
     at = places, np.zeros((len(text), places.shape[1]))
-    told = two(perceive(label[index]), p["told"], "time")
+    told = two(waves(label, 256), p["told"], "time")
     if model.pooled:
-        told = told + two(np.float64(conditions.pooled[index]), p["told"], "pooled")
+        told = told + two(pooled, p["told"], "pooled")
     if model.classes:
-        number = model.classes if conditions.classes is None else conditions.classes[index]
-        told = told + p["told"]["classes"]["embedding"][number]
+        told = told + p["told"]["classes"]["embedding"][model.classes if classes is None else classes]
     if model.guidance:
-        told = told + two(perceive(1000 * (model.guidance if guidance is None else guidance[index])), p, "guidance")
+        told = told + two(waves(1000 * (model.guidance if guidance is None else guidance), 256), p, "guidance")
     told = silu(told)
     for i in range(model.depth):
         last = not model.single_depth and i == model.depth - 1
@@ -183,60 +153,57 @@ def expected_of(model, x, label, conditions, index, guidance=None):
         both = single(model, layer, both, told, seen, np.concatenate(at[::-1]))
     h = both[len(text) :] if model.single_depth else h
     m = dense(told, p["final_modulation"])
-    h = dense(norm(h, m[1], m[0]), p["head"]).reshape(rows, columns, size, size, -1)
-    return h.swapaxes(1, 2).reshape(rows * size, columns * size, -1)
+    h = dense(norm(h, m[1], m[0]), p["head"]).reshape(rows, columns, model.patch, model.patch, -1)
+    return h.swapaxes(1, 2).reshape(*x.shape[:2], -1)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_agrees_with_numpy(form):
     model = FORMS[form]
-    given = conditions_of(model, MASK if model.text else None)
-    found = forward(model, params_of(model), X, LABEL, given)
-    expected = np.stack([expected_of(model, X, LABEL, given, i) for i in range(2)])
-    assert expected.std() > 0.1
-    close(found[:2], expected, 5e-5)
+    agrees(mmdit, model, X, LABEL, conditions_of(model, MASK if model.text else None), 5e-5)
 
 
 def test_classes_and_guidance():
     """What is told reaches the output: class numbers, none being the last, and a guidance scale a picture."""
-    model, classes = FORMS["classes, no text"], jnp.array([2, 4] * 4)
-    given = conditions_of(model, classes=classes)
-    found = forward(model, params_of(model), X, LABEL, given)
-    close(found[:2], np.stack([expected_of(model, X, LABEL, given, i) for i in range(2)]), 5e-5)
-    none = forward(model, params_of(model), X, LABEL, conditions_of(model))
+    model, none = FORMS["classes, no text"], Conditions()
+    found = agrees(mmdit, model, X, LABEL, Conditions(classes=jnp.array([2, 4])), 5e-5)
+    none = forward(model, params_of(model, X, none), X, LABEL, none)
     np.testing.assert_array_equal(found[1], none[1])
     assert np.abs(found[0] - none[0]).max() > 1e-2
 
-    model, scales = FORMS["FLUX.1"], jnp.array([2.0, 4.5] * 4)
+    model, scales = FORMS["FLUX.1"], jnp.array([2.0, 4.5])
     given = conditions_of(model, MASK)
-    found = forward(model, params_of(model), X, LABEL, given, guidance=scales)
-    close(found[1], expected_of(model, X, LABEL, given, 1, scales), 5e-5)
-    close(found[0], forward(model, params_of(model), X, LABEL, given)[0])
+    params = params_of(model, X, given)
+    found = forward(model, params, X, LABEL, given, guidance=scales)
+    close(found, expected_of(mmdit, model, params, X, LABEL, given, guidance=scales), 5e-5)
+    close(found[0], forward(model, params, X, LABEL, given)[0])
+
+
+FLUX = Flat(FORMS["FLUX.1"], ("tokens", "pooled", "mask"))
+INPUTS = X, LABEL, TOKENS, POOLED, MASK
+
+
+def gradient_of(model):
+    """Value and gradient, by the parameters and the text."""
+    return jax.value_and_grad(lambda *given: jnp.square(model.apply(*given)).sum(), argnums=(0, 3))
 
 
 @functools.cache
-def gradient_of(model):
-    """Value and gradient, by the parameters and the text."""
-
-    def total(variables, tokens, x, label, pooled, mask):
-        given = Conditions(tokens=tokens, pooled=pooled, mask=mask)
-        return jnp.square(model.apply(variables, x, label, given)).sum()
-
-    return jit(jax.value_and_grad(total, argnums=(0, 1)))
-
-
-INPUTS = TOKENS, X, LABEL, POOLED, MASK
+def alone():
+    """The variables, and what comes of them."""
+    variables = random_of(FLUX, *INPUTS)
+    return variables, jit(gradient_of(FLUX))(variables, *INPUTS)
 
 
 def test_hidden_tokens_have_no_gradient():
-    _, (_, gradient) = gradient_of(FORMS["FLUX.1"])({"params": params_of(FORMS["FLUX.1"])}, *INPUTS)
+    _, (_, (_, gradient)) = alone()
     np.testing.assert_array_equal(np.abs(gradient).max(-1) > 0, MASK)
 
 
 def test_a_picture_beside():
     model = BASE.clone(channels=5)
     given = conditions_of(model).replace(image=X[..., :2] ** 2)
-    params = random_of(model, X, LABEL, given)["params"]
+    params = params_of(model, X, given)
     assert params["patch_embedding"]["kernel"].shape == (20, 16)
     found = forward(model, params, X, LABEL, given)
     other = forward(model, params, X, LABEL, given.replace(image=X[..., :2]))
@@ -247,7 +214,7 @@ def test_a_picture_beside():
 
 def test_a_block_begins_with_nothing():
     """It hands on what it was given."""
-    x, told = jax.random.normal(jax.random.key(0), (1, 3, 8)), jax.random.normal(jax.random.key(1), (1, 8))
+    x, told = normal(0, 1, 3, 8), normal(1, 1, 8)
     found, _ = jit(Single(8, 1, mlp_ratio=1).init_with_output)(jax.random.key(0), x, told)
     np.testing.assert_array_equal(found, x)
 
@@ -255,22 +222,16 @@ def test_a_block_begins_with_nothing():
 def test_scan_changes_nothing():
     model = FORMS["SD 3.5"]
     given = conditions_of(model, MASK)
-    found = forward(model.clone(scan=False), params_of(model), X, LABEL, given)
-    close(found, forward(model, params_of(model), X, LABEL, given))
+    params = params_of(model, X, given)
+    close(forward(model.clone(scan=False), params, X, LABEL, given), forward(model, params, X, LABEL, given))
 
 
 def test_on_a_mesh_and_with_remat_as_alone():
-    model, variables = FORMS["FLUX.1"], {"params": params_of(FORMS["FLUX.1"])}
-    split_up = gradient_of(model.clone(remat="full")).__wrapped__
-
-    class Plain:  # whose arguments are arrays alone
-        @staticmethod
-        def init(key, tokens, x, label, pooled, mask):
-            return model.init(key, x, label, Conditions(tokens=tokens, pooled=pooled, mask=mask))
-
-    found, split = on_mesh(split_up, Plain, variables, INPUTS, fsdp=2, tensor=2, sequence=2)
+    variables, expected = alone()
+    again = FLUX.clone(net=FLUX.net.clone(remat="full"))
+    found, split = on_mesh(gradient_of(again), FLUX, variables, INPUTS, fsdp=2, tensor=2, sequence=2)
     assert split > 30
-    close(found, gradient_of(model)(variables, *INPUTS))
+    close(found, expected)
 
 
 COUNTED = MMDiT(
@@ -280,25 +241,9 @@ COUNTED = MMDiT(
 
 @pytest.mark.parametrize("change", [{}, {"single_depth": 1, "guidance": 3.5, "dual": 0, "text": 0}], ids=str)
 def test_counts_its_operations(change):
-    """Within 3 % of the compiler's count of the unrolled program, forward and with the gradient."""
     model = COUNTED.clone(**change)
-    x, label, tokens, pooled = (
-        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 16, 16, 4), (4,), (4, 24, 96), (4, 64))
-    )
-
-    def given(tokens, pooled):
-        return Conditions(tokens=tokens if model.text else None, pooled=pooled)
-
-    def total(params, x, label, *told):
-        return model.apply({"params": params}, x, label, given(*told)).sum()
-
-    init = lambda key, x, label, *told: model.init(key, x, label, given(*told))  # noqa: E731
-    params = unbox(jax.eval_shape(init, jax.random.key(0), x, label, tokens, pooled))["params"]
-
-    analytic = 4 * model.flops_per_example((16, 16, 4), 24)
-    for function, times in ((total, 1), (jax.grad(total, argnums=(0, 1)), 3)):
-        counted = jax.jit(function).lower(params, x, label, tokens, pooled).cost_analysis()["flops"]
-        assert counted == pytest.approx(times * analytic, rel=0.03)
+    told = Conditions(tokens=jnp.zeros((4, 24, 96)) if model.text else None, pooled=jnp.zeros((4, 64)))
+    counts_its_operations(model, jnp.zeros((4, 16, 16, 4)), told)
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -315,6 +260,4 @@ def test_counts_its_operations(change):
     ({"positions": "rope", "rope": RopeAxes((8,))}, "The rotary axes of an MMDiT are at least two: row and column."),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit(change, words):
-    with pytest.raises(UserError) as caught:
-        BASE.clone(**change).check((8, 12, 3))
-    assert str(caught.value) == words
+    refuses(BASE.clone(**change), (8, 12, 3), words)
