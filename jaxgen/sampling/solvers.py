@@ -337,7 +337,8 @@ class DpmPP2MSde(_TwoPictures):
 class DpmPP3M(Solver):
     """DPM-Solver++(3M): the exact step (Lu et al. 2022, section 3) for the parabola through the last three denoised
     pictures. Its first steps, of lower order, leave it at order 2 unless they are small or at much noise. (Common
-    programs of this name take half of the parabola's square term, which is of order 2 whatever the start.)"""
+    programs of this name take half of the parabola's square term: of order 2 whatever the start, though often nearer
+    with few steps.)"""
 
     def start(self, x):
         return Past.of(x, 2)

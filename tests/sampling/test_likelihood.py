@@ -6,7 +6,9 @@ import mixture
 import numpy as np
 import pytest
 
-from jaxgen.diffusion.paths import Flow, Linear, VarianceExploding
+from jaxgen.diffusion.denoiser import Denoiser
+from jaxgen.diffusion.paths import Cosine, Flow, Linear, VarianceExploding, along
+from jaxgen.diffusion.predictions import Edm, Epsilon, V, Velocity
 from jaxgen.sampling import grids, solvers
 from jaxgen.sampling.likelihood import bits_per_dim, invert, log_likelihood
 
@@ -21,10 +23,25 @@ def keys(count):
     return jax.random.split(jax.random.key(0), count)
 
 
-@pytest.mark.parametrize("path", [Linear(), Flow(), VarianceExploding()], ids=lambda p: type(p).__name__)
-def test_likelihood(path):
+def denoiser(path, prediction):
+    """The mixture's denoiser as a network of a kind, which knows the time by its label."""
+
+    def network(scaled, label, condition):
+        t = path.time(jnp.exp(4 * label)) if isinstance(prediction, Edm) else label / 1000
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        x = scaled / along(prediction.coefficients(alpha, sigma)[0], scaled)
+        return prediction.output(mixture.denoiser(path)(x, t), x, alpha, sigma)
+
+    return Denoiser(network, path, prediction)
+
+
+KINDS = [(Linear(), Epsilon()), (Cosine(), V()), (Flow(), Velocity()), (VarianceExploding(), Edm())]
+
+
+@pytest.mark.parametrize(("path", "prediction"), KINDS, ids=lambda x: type(x).__name__)
+def test_likelihood(path, prediction):
     x0 = examples()
-    found = log_likelihood(mixture.denoiser(path), path, x0, keys(32), steps=96, probes=0, low=1e-3)
+    found = log_likelihood(denoiser(path, prediction), path, x0, keys(32), steps=96, probes=0, low=1e-3)
     # what the mixture's mean adds to the noise of level 1 / gap is left out of the prior
     gap = 1 / min(path.level(jnp.ones(())), 1e4)
     np.testing.assert_allclose(found, mixture.log_density(x0), atol=5e-4 + gap)
