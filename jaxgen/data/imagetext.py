@@ -446,20 +446,20 @@ class Reader(abc.ABC):
 class _Datasets(Viewing):
     """The two data sets of an index, by its readers."""
 
-    _readers: Any  # (part, seed) -> Reader
+    readers: Any  # (part, seed) -> Reader
 
     def train(self, seed: int) -> grain.MapDataset:
-        reader = self._readers("train", fold(seed))
+        reader = self.readers("train", fold(seed))
         return endless(reader.train, len(reader), seed)
 
     def heldout(self) -> grain.MapDataset:
         import grain
 
-        return grain.MapDataset.source(self._readers("heldout", 0))
+        return grain.MapDataset.source(self.readers("heldout", 0))
 
     def names(self, part: str) -> Sequence[str]:
         """The names of the pictures of a part ("train" or "heldout"), in order."""
-        return self._readers(part, 0)._names
+        return self.readers(part, 0)._names
 
 
 # --- captions ------------------------------------------------------------------------------------------------------
@@ -594,7 +594,7 @@ class PreparedImageText(_Datasets, Captions):
                                            "captions": len(index.strings("train", "captions"))}
         if cut["train"] + cut["heldout"]:
             self.facts |= {"captions_cut": cut["train"], "heldout_captions_cut": cut["heldout"]}
-        self._readers = lambda part, seed: _CaptionReader(
+        self.readers = lambda part, seed: _CaptionReader(
             index, part, data.view, data.augment, seed, data.max_bad, tokens)
 
     def captions(self, part: str) -> list[list[str]]:
@@ -721,4 +721,4 @@ class PreparedLabelledImages(_Datasets):
         self.classes: tuple[str, ...] = tuple(index.meta["classes"])
         self.fingerprint = data._fingerprint(index)
         self.facts = data._facts(index) | {"classes": len(self.classes)}
-        self._readers = lambda part, seed: _LabelReader(index, part, data.view, data.augment, seed, data.max_bad)
+        self.readers = lambda part, seed: _LabelReader(index, part, data.view, data.augment, seed, data.max_bad)

@@ -16,17 +16,17 @@ class Labels(PreparedLabelledImages):
 
     def __init__(self, data: PreparedImageText, column: str):
         self.view, self.workers = data.view, data.workers
-        readers = {part: data._readers(part, 0) for part in PARTS}
+        readers = {part: data.readers(part, 0) for part in PARTS}
         found = {part: _values(reader, column) for part, reader in readers.items()}
         every = {value for values in found.values() for value in values}
         self.classes, number = number_labels(every, readers["train"].index.train.classes(column))
         labels = {part: np.array([number[v] for v in values], np.int32) for part, values in found.items()}
 
         def reader(part: str, seed: int) -> _Labelled:
-            theirs = data._readers(part, seed)
+            theirs = data.readers(part, seed)
             return _Labelled(*(getattr(theirs, f.name) for f in dataclasses.fields(Reader)), labels=labels[part])
 
-        self._readers = reader
+        self.readers = reader
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

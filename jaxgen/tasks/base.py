@@ -123,6 +123,11 @@ class Task:
         """Shapes of what `collect` makes of a batch of these shapes: what the loss is given."""
         return spec
 
+    def stored(self, data: Any, params: Params, state: Any, progress: Any = None) -> Any:
+        """Data whose training batches are what `collect` would make of them, computed once and kept; None, as for most
+        tasks, where there is nothing to keep. Every process calls it."""
+        return None
+
     def check(self, spec: Spec) -> None:
         """Raises UserError when batches of these shapes cannot be learned from."""
 

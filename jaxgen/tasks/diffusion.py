@@ -15,14 +15,14 @@ from jaxgen.diffusion.predictions import Prediction, V
 from jaxgen.diffusion.weightings import Times, Uniform, UniformTimes, Weighting, uniforms
 from jaxgen.errors import UserError
 from jaxgen.models import edm2
-from jaxgen.models.autoencoder import Autoencoder
+from jaxgen.models.autoencoder import Autoencoder, Gaussian
 from jaxgen.models.conditions import Conditions
 from jaxgen.models.edm2 import EDM2
 from jaxgen.models.text import TextTower
 from jaxgen.pretrained import Pretrained
 from jaxgen.sampling.diffusion import Edit, Sampling, generate
 from jaxgen.sampling.likelihood import bits_per_dim, log_likelihood
-from jaxgen.tasks import vision
+from jaxgen.tasks import latents, vision
 from jaxgen.tasks.base import Batch, Context, Loss, Params, Player, Task, mean
 
 VARIANCE_STEPS = 1000  # for which a learned variance is trained, as Nichol & Dhariwal 2021's
@@ -48,6 +48,8 @@ class Diffusion(Task):
     embedding."""
     autoencoder: Autoencoder | Pretrained | None = None
     """Makes latents of pictures, and pictures of latents; stays as it is."""
+    cached: bool = False
+    """The latents of training pictures are computed once and kept; flipped ones too, where data.augment is Flip."""
     drop: float = 0.1
     """Share of examples whose class or caption is left out in training, so that the network can be guided."""
     kept: int = 0
@@ -111,6 +113,26 @@ class Diffusion(Task):
             return {**params, "network": edm2.normalised(params["network"])}
         return params
 
+    # ---- latents that are kept ----
+
+    def collected(self, spec):
+        if not self.cached or "image" not in spec:
+            return spec
+        image = spec["image"].shape
+        shape = (image[0], *self._latent(image[1:])[:2], 2 * self.autoencoder.latent)
+        return {"latents": jax.ShapeDtypeStruct(shape, jnp.float16)} | {k: v for k, v in spec.items() if k != "image"}
+
+    def stored(self, data, params, state, progress=None):
+        if not self.cached:
+            return None
+
+        def encode(variables, image):
+            pixels = vision.pixels({"image": image}, self.mean, self.std)
+            found = self.autoencoder.apply({"params": variables}, pixels, method="encode")
+            return jnp.concatenate([found.mean, found.log_variance], -1)
+
+        return latents.stored(data, encode, latents.on_host(params["autoencoder"]), progress)
+
     # ---- the loss ----
 
     def loss(self, params: Params, batch: Batch, context: Context) -> Loss:
@@ -145,6 +167,9 @@ class Diffusion(Task):
         points."""
         if "points" in batch:
             return batch["points"]
+        if "latents" in batch:
+            moments = Gaussian(*jnp.split(batch["latents"].astype(jnp.float32), 2, -1))
+            return self._coded(params, state, moments.mean if keys is None else moments.sample(keys), "normalise")
         pixels = vision.pixels(batch, self.mean, self.std)
         if self.autoencoder is None:
             return pixels
@@ -259,6 +284,8 @@ class Diffusion(Task):
             vision.check_scale(self.mean, self.std, spec["image"].shape[-1])
             if not 0 <= self.drop < 1:
                 raise UserError(f"task.drop is at least 0 and below 1, not {self.drop}.")
+        if self.cached and self.autoencoder is None:
+            raise UserError("task.cached keeps latents, and there is no task.autoencoder that makes them.")
         shape = next(spec[name].shape[1:] for name in ("image", "points") if name in spec)
         self.check_shape(shape)
         if getattr(self.network, "classes", 0) and "label" not in spec:
@@ -318,7 +345,7 @@ class Diffusion(Task):
         size, shape = spec[name].shape[0], spec[name].shape[1:]
         length = spec["tokens"].shape[1] if self.text is not None else 0
         total = 3 * self.network.flops_per_example(self._latent(shape), length)
-        if self.autoencoder is not None:
+        if self.autoencoder is not None and not self.cached:
             total += self.autoencoder.encoder_flops(shape)
         if self.text is not None:
             total += (1 if "text" in self.locked else 3) * self.text.flops_per_example((length,))

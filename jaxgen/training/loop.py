@@ -154,9 +154,9 @@ def _steps(run: _Run, missed: Sequence[tuple[Evaluation, Measure]], profile: boo
     experiment, directory, program, console = run.experiment, run.directory, run.program, run.console
     step = begin = run.step
     writer = metering.Writer(directory, step, experiment.log.tensorboard) if run.lead else None
-    loader = Loader(
-        run.data.train(experiment.seed), program.batch_shardings, experiment.batch_size, step, workers=run.data.workers
-    )
+    stored = _stored(run)
+    data, layout = (run.data, program.batch_shardings) if stored is None else (stored, program.collected_shardings)
+    loader = Loader(data.train(experiment.seed), layout, experiment.batch_size, step, workers=data.workers)
     meter = _Meter(program, experiment.log.every, loader, writer, console, experiment.max_skipped)
     collect = experiment.task.collect_every
     preempted = False
@@ -174,7 +174,9 @@ def _steps(run: _Run, missed: Sequence[tuple[Evaluation, Measure]], profile: boo
             if profile and step - begin == PROFILED[0]:
                 jax.profiler.start_trace(str(directory / "profile"))
             _, data_batch = next(batches)
-            if step % collect == 0 or step == begin:  # saved off a boundary: a run that now takes more steps
+            if stored is not None:
+                batch = data_batch
+            elif step % collect == 0 or step == begin:  # saved off a boundary: a run that now takes more steps
                 key = jax.random.fold_in(jax.random.wrap_key_data(run.state.key), step)
                 batch = experiment.task.collect(run.state, data_batch, key)
                 if batch is not data_batch:
@@ -208,6 +210,11 @@ def _steps(run: _Run, missed: Sequence[tuple[Evaluation, Measure]], profile: boo
             "longer warm-up, may help."
         )
     return preempted
+
+
+def _stored(run: _Run) -> Prepared | None:
+    params = merge(run.state.params, run.state.frozen)
+    return run.experiment.task.stored(run.data, params, run.state.state, run.console.prepare)
 
 
 # ---- the run directory ----
