@@ -149,8 +149,8 @@ def resolve(
     all are. Those of the evaluations, whose networks are opened for each use, stay.
 
     A run directory that was started from the same `Pretrained` has its own record of the module, so it goes on when
-    the source is gone. Without `weights`, no source that is a file is trained for them. Raises UserError for a missing
-    source or part.
+    the source is gone. Without `weights`, no source that is a file is trained for them, and its `like` stands for one
+    that is missing. Raises UserError for a missing source or part.
     """
     trust, asked = tuple(trust), dict(find(experiment))
     own = record.stored(run_dir) if run_dir and (Path(run_dir) / record.FILE).is_file() else None
@@ -168,8 +168,14 @@ def resolve(
             data, directory = own.experiment, Path(pretrained.source)
             module = record.from_record(_part(data, path, str(run_dir)), trust, path)
         else:
-            directory, data, more = _source(pretrained, path, trust, weights)
-            module = record.from_record(_part(data, pretrained.part, pretrained.source), (*trust, *more), path)
+            try:
+                directory, data, more = _source(pretrained, path, trust, weights)
+            except NoSource:
+                if weights or pretrained.like is None:
+                    raise
+                directory, module = Path(pretrained.source), pretrained.like
+            else:
+                module = record.from_record(_part(data, pretrained.part, pretrained.source), (*trust, *more), path)
         sources.append(Source(path, pretrained, directory))
         experiment = _replace(experiment, path.split("."), module)
     return experiment, sources

@@ -1,7 +1,7 @@
 """Weights from elsewhere, as an experiment says it. A task's field may be `model: GPT | Pretrained`."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jaxgen.errors import UserError
 
@@ -18,6 +18,8 @@ class Pretrained:
     """The averaged weights (the raw ones where the source keeps no average), or the raw ones."""
     step: str = "latest"
     """A step of the source: a number, latest or best."""
+    like: Any = None
+    """The module that is expected there; shapes (`jaxgen show`) are taken of it while the source is missing."""
 
     def __post_init__(self):
         if self.step not in ("latest", "best") and not self.step.isdecimal():

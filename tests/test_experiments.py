@@ -18,7 +18,7 @@ from jaxgen import record, runtime
 from jaxgen.cli.show import chips
 from jaxgen.evaluation.base import Setting
 from jaxgen.evaluation.heldout import HeldOut
-from jaxgen.experiment import load, train
+from jaxgen.experiment import load, resolve, train
 from jaxgen.sharding import RULES, Mesh, Sharding, unbox
 from jaxgen.training import metrics
 from jaxgen.training.loop import program_of
@@ -28,7 +28,7 @@ FILES = sorted((ROOT / "experiments").glob("*/*.py"))
 LIBTPU = subprocess.run([sys.executable, "-c", "import libtpu"], capture_output=True).returncode == 0
 
 
-HEAVY = {f"diffusion/{name}" for name in ("autoencoder", "edm_cifar10", "emoji", "flowers")}
+HEAVY = {f"diffusion/{name}" for name in ("autoencoder", "edm_cifar10", "emoji", "flowers", "sd15")}
 """Take half a minute each to compile; they wait for `-m experiments`."""
 
 
@@ -94,7 +94,7 @@ def test_emoji_is_measured_by_all_that_pictures_and_texts_allow(tmp_path, monkey
 
 def test_traces_on_its_topology(file):
     """The whole step, by shapes alone, on an abstract mesh of the chips it is meant for."""
-    experiment = load(file).experiment
+    experiment, _ = resolve(load(file).experiment, weights=False)
     program = program_of(experiment, chips(experiment.topology))
     state, found = jax.eval_shape(program._step, program.shapes, program.spec)
     for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(program.shapes), strict=True):
@@ -105,7 +105,7 @@ def test_traces_on_its_topology(file):
 
 
 def test_two_steps_of_the_smoke_form(file, tmp_path):
-    smoke = load(file).smoke
+    smoke, _ = resolve(load(file).smoke, weights=False)  # a network of another file is trained at length
     data = math.gcd(smoke.batch_size // smoke.microbatches, jax.device_count())
     mesh = Mesh(data=data, tensor=jax.device_count() // data)
     smoke = dataclasses.replace(smoke, steps=2, evaluations=(), mesh=mesh)
@@ -129,10 +129,10 @@ COMPILE = """
 import sys
 import jax
 from jax.experimental import topologies
-from jaxgen.experiment import load
+from jaxgen.experiment import load, resolve
 from jaxgen.training.loop import program_of
 
-experiment = load(sys.argv[1]).experiment
+experiment, _ = resolve(load(sys.argv[1]).experiment, weights=False)
 devices = topologies.get_topology_desc(platform="tpu", topology_name=experiment.topology).devices
 lowered = program_of(experiment, devices).lower()
 if sys.argv[2] == "hash":

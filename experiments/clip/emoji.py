@@ -30,8 +30,8 @@ from jaxgen.training.schedules import Cosine
 experiment = Experiment(
     name="emoji",
     task=Contrastive(
-        image=ViT(patch=8, width=128, depth=4, heads=4, image_size=64, pool="mean", out=128),
-        text=TextTower(vocab_size=1024, width=128, depth=3, heads=4, max_length=24, out=128),
+        image=ViT(patch=8, width=128, depth=4, heads=4, image_size=64, pool="mean", out=128, scan=False),
+        text=TextTower(vocab_size=1024, width=128, depth=3, heads=4, max_length=24, out=128, scan=False),
     ),
     data=ImageText(
         path="emoji72.tar",

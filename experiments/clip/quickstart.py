@@ -24,8 +24,8 @@ from jaxgen.training.schedules import Cosine
 experiment = Experiment(
     name="clip_quickstart",
     task=Contrastive(
-        image=ViT(patch=4, width=128, depth=3, heads=4, image_size=32, pool="mean", out=128),
-        text=TextTower(vocab_size=128, width=128, depth=2, heads=4, max_length=16, out=128),
+        image=ViT(patch=4, width=128, depth=3, heads=4, image_size=32, pool="mean", out=128, scan=False),
+        text=TextTower(vocab_size=128, width=128, depth=2, heads=4, max_length=16, out=128, scan=False),
     ),
     data=Scenes(level=2, size=32, length=16),
     optimizer=Muon(

@@ -18,6 +18,7 @@ from jaxgen.evaluation.pictures import PicturePreview
 from jaxgen.experiment import Experiment, Target
 from jaxgen.models.dit import DiT
 from jaxgen.sampling.diffusion import Sampling
+from jaxgen.sampling.grids import Shifted
 from jaxgen.tasks.diffusion import Diffusion
 from jaxgen.training.checkpoint import Checkpointing
 from jaxgen.training.ema import Ema
@@ -25,23 +26,25 @@ from jaxgen.training.metrics import Logging
 from jaxgen.training.optimizers import Muon
 from jaxgen.training.schedules import Cosine
 
+SAMPLING = Sampling(grid=Shifted(2.0), steps=16, guidance=1.5)
+
 experiment = Experiment(
     name="diffusion_quickstart",
     task=Diffusion(
-        DiT(out=1, patch=4, width=128, depth=6, heads=4, classes=10, periods=64),
+        DiT(out=1, patch=4, width=128, depth=4, heads=4, classes=10, periods=64, scan=False),
         path=Flow(),
         prediction=X0(),
         weighting=VelocityWeight(),
-        times=LogitNormal(),
+        times=LogitNormal(0.5, 1.2),
     ),
     data=Digits(shift=0, rotation=0, scale=0),
     optimizer=Muon(
         learning_rate=4e-3, adam_learning_rate=2e-3, rms=0.2, weight_decay=0.01, schedule=Cosine(warmup=50)
     ),
-    batch_size=128,
-    steps=1500,
+    batch_size=64,
+    steps=1000,
     ema=Ema(0.995),
-    evaluations=(PicturePreview(every=500, n=40, columns=10, sampling=Sampling(steps=16, guidance=1.5)),),
+    evaluations=(PicturePreview(every=250, n=40, columns=10, sampling=SAMPLING),),
     checkpoint=Checkpointing(every=500),
     log=Logging(every=10),
     topology="v5e:2x2",
@@ -55,6 +58,6 @@ smoke = dataclasses.replace(
     batch_size=64,
     steps=200,
     ema=Ema(0.98),
-    evaluations=(HeldOut(), PicturePreview(n=20, columns=10, sampling=Sampling(steps=8, guidance=1.5))),
+    evaluations=(HeldOut(), PicturePreview(n=20, columns=10, sampling=dataclasses.replace(SAMPLING, steps=8))),
     target=Target("eval/heldout/error", at_most=0.2),
 )

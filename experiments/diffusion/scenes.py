@@ -13,12 +13,14 @@ from jaxgen.data.scenes import Scenes
 from jaxgen.diffusion.paths import Flow
 from jaxgen.diffusion.predictions import X0
 from jaxgen.diffusion.weightings import LogitNormal, VelocityWeight
+from jaxgen.evaluation.generated import FactsRight
 from jaxgen.evaluation.heldout import HeldOut
 from jaxgen.evaluation.pictures import PicturePreview
 from jaxgen.experiment import Experiment, Target
 from jaxgen.models.dit import DiT
 from jaxgen.models.text import TextTower
 from jaxgen.sampling.diffusion import Sampling
+from jaxgen.sampling.grids import Shifted
 from jaxgen.tasks.diffusion import Diffusion
 from jaxgen.training.checkpoint import Checkpointing
 from jaxgen.training.ema import Ema
@@ -26,26 +28,28 @@ from jaxgen.training.metrics import Logging
 from jaxgen.training.optimizers import Muon
 from jaxgen.training.schedules import Cosine
 
-SAMPLING = Sampling(steps=20, guidance=3.0)
+SAMPLING = Sampling(grid=Shifted(3.0), steps=16, guidance=2.5)
 
 experiment = Experiment(
     name="scenes",
     task=Diffusion(
-        DiT(out=3, patch=4, width=160, depth=6, heads=5, text=128, pooled=128, periods=64),
+        DiT(out=3, patch=4, width=160, depth=6, heads=5, text=128, pooled=128, periods=64, scan=False),
         path=Flow(),
         prediction=X0(),
         weighting=VelocityWeight(),
-        times=LogitNormal(-0.4),
-        text=TextTower(vocab_size=128, width=128, depth=2, heads=4, max_length=16, out=128, mask="bidirectional"),
+        times=LogitNormal(0.8, 1.2),
+        text=TextTower(
+            vocab_size=128, width=128, depth=2, heads=4, max_length=16, out=128, mask="bidirectional", scan=False
+        ),
     ),
     data=Scenes(level=2, size=32, length=16),
     optimizer=Muon(
         learning_rate=4e-3, adam_learning_rate=2e-3, rms=0.2, weight_decay=0.01, schedule=Cosine(warmup=50)
     ),
     batch_size=64,
-    steps=2500,
+    steps=1700,
     ema=Ema(0.998),
-    evaluations=(PicturePreview(every=500, n=16, sampling=SAMPLING),),
+    evaluations=(PicturePreview(every=250, n=16, sampling=SAMPLING), FactsRight(n=64, sampling=SAMPLING)),
     checkpoint=Checkpointing(every=500),
     log=Logging(every=10),
     topology="v5e:2x2",

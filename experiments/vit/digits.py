@@ -21,7 +21,7 @@ from jaxgen.training.schedules import Cosine
 experiment = Experiment(
     name="digits",
     task=Classification(
-        ViT(patch=7, width=128, depth=4, heads=4, image_size=28, channels=1, pool="mean", out=10),
+        ViT(patch=7, width=128, depth=4, heads=4, image_size=28, channels=1, pool="mean", out=10, scan=False),
         label_smoothing=0.1,
     ),
     data=Digits(),

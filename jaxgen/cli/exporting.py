@@ -1,5 +1,6 @@
 """`jaxgen export RUN OUT`."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,14 @@ def run(argv: Sequence[str]) -> int:
     from jaxgen.interop.families import format_for
     from jaxgen.interop.formats import Pictures, written
     from jaxgen.interop.safetensors import write
+    from jaxgen.tasks.diffusion import Diffusion
 
     if jax.process_count() > 1:
         raise UserError("jaxgen export runs in one process")
     task, data = opened.experiment.task, opened.experiment.data
-    module = _module(task, opened.directory)
+    if isinstance(task, Diffusion):
+        return _pipeline(opened, arguments, out)
+    module = _module(task, opened)
     patches = getattr(data, "patches", 0)
     format = format_for(module, arguments.format, naflex=bool(patches))
     format.check(module)
@@ -82,10 +86,31 @@ def run(argv: Sequence[str]) -> int:
     return DONE
 
 
-def _module(task: Any, directory: Path) -> Any:
+def _pipeline(opened: Any, arguments: argparse.Namespace, out: Path) -> int:
+    """A run that draws pictures, as a pipeline of diffusers."""
+    from jaxgen.cli.pipelines import exported
+
+    if arguments.format != PROJECTS[0]:
+        raise UserError(f"{opened.directory} draws pictures, and {arguments.format} does not; --format {PROJECTS[0]} "
+                        "writes it")  # fmt: skip
+    tokenizer = _tokenizer(opened.directory)
+    name, paths = exported(opened, tokenizer, out, arguments.dtype)
+    size = sum(path.stat().st_size for path in paths)
+    print(f"{out}: diffusers {name}, step {opened.step} of {opened.directory}, {size:,} bytes in {len(paths)} file(s)")
+    if tokenizer is not None and not (out / "tokenizer").is_dir():
+        print(f"its tokenizer ({tokenizer.kind}) is not CLIP's, and is not written")
+    return DONE
+
+
+def _module(task: Any, opened: Any) -> Any:
+    from jaxgen.interop.autoencoder import with_statistics
+    from jaxgen.models.autoencoder import Autoencoder
+
     module = getattr(task, "model", None)
     if module is None or not hasattr(task, "mean"):
-        raise UserError(f"{directory} is a run of a {type(task).__name__}, which cannot be exported yet")
+        raise UserError(f"{opened.directory} is a run of a {type(task).__name__}, which cannot be exported yet")
+    if isinstance(module, Autoencoder):
+        return with_statistics(module, (opened.state or {}).get("model", {}))
     return module
 
 

@@ -1,11 +1,12 @@
 """`jaxgen import DIR DEST`."""
 
+import argparse
 import contextlib
 import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ BATCH = 64   # examples at a time, where a command says nothing else
 def parser() -> options.Parser:
     parser = options.Parser(
         "import",
-        "Makes a model directory of another project's weights (transformers, open_clip, timm): CLIP, SigLIP, SigLIP 2, "
-        "ViT, ResNet, BiT. It is read as a run directory is: by Pretrained, eval, search and export.",
-        usage="jaxgen import DIR DEST [--tokenizer PATH]",
+        "Makes a model directory of another project's weights (transformers, open_clip, timm, diffusers): CLIP, "
+        "SigLIP, SigLIP 2, ViT, ResNet, BiT, whole pipelines of Stable Diffusion 1.x and 2.x and of DiT, and parts of "
+        "others (SDXL, SD3, Flux). It is read as a run directory is: by Pretrained, sample, eval, search and export.",
+        usage="jaxgen import DIR DEST [--tokenizer PATH] [--part NAME]",
     )
-    parser.add_argument("directory", nargs="?", metavar="DIR", help="a folder with config.json and .safetensors files")
+    parser.add_argument("directory", nargs="?", metavar="DIR", help="a folder with config.json and .safetensors files, "
+                        "or of a pipeline, with model_index.json")
     parser.add_argument("destination", nargs="?", metavar="DEST", help="the model directory, which is made")
     parser.add_argument("--tokenizer", metavar="PATH", help="its folder or file, where it is not in DIR; none for none")
+    parser.add_argument("--part", metavar="NAME", help="one part of a pipeline alone: unet, transformer, vae or "
+                        "text_encoder")
     options.add_devices(parser)
     return parser
 
@@ -42,34 +47,98 @@ def run(argv: Sequence[str]) -> int:
     runtime.start()
     import jax
 
-    from jaxgen.interop.families import find
-    from jaxgen.tasks.vision import turned
     from jaxgen.training.loop import program_of
+    from jaxgen.training.parameters import merge
 
-    found = find(arguments.directory)
-    tokenizer = _tokenizer(found, arguments.tokenizer)
-    experiment = described(found, destination, tokenizer)
-    shards = jax.device_count()
-    experiment = dataclasses.replace(experiment, batch_size=-(-BATCH // shards) * shards)
+    imported = _pipeline(arguments, destination) or _model(arguments, destination)
+    experiment, shards = imported.experiment, jax.device_count()
+    experiment = dataclasses.replace(experiment, batch_size=-(-experiment.batch_size // shards) * shards)
     program = program_of(experiment)
-    variables = found.read(program.sharding)
-    params = variables.pop("params")
-    if "model" in program.shapes.params:
-        params, kept = {"model": params}, {"model": variables} if variables else {}
-    else:
-        kept = turned(variables)
-    state = {"params": params, "state": kept}
-    wanted = {"params": program.shapes.params, "state": program.shapes.state}
-    if jax.tree.structure(state) != jax.tree.structure(wanted):
+    params, state = imported.read(program)
+    shapes = program.shapes
+    wanted = merge(shapes.params, shapes.frozen), shapes.state
+    if jax.tree.structure((params, state)) != jax.tree.structure(wanted):
         raise ValueError("the imported variables are not those of the task")
+    moving, frozen = (jax.tree.map(lambda shape, x: None if shape is None else x, part, params, is_leaf=_nothing)
+                      for part in (shapes.params, shapes.frozen))  # fmt: skip
     with _made_whole(destination) as folder:
-        _save(folder, state, tokenizer)
-        _note(folder, found, experiment)
+        _save(folder, {"params": moving, "state": state}, frozen, imported.tokenizer)
+        _note(folder, imported.parts)
         record.store(folder, experiment)
     count = sum(x.size for x in jax.tree.leaves(params))
-    print(f"{destination}: {found.format.name}, {count:,} parameters; Pretrained('{destination}', part='task."
-          f"{'model' if 'model' in params else 'image'}') is its picture's tower")
+    print(f"{destination}: {imported.name}, {count:,} parameters; {imported.use}")
     return DONE
+
+
+def _nothing(x: Any) -> bool:
+    return x is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What becomes of a folder of another project."""
+
+    name: str
+    experiment: Any
+    parts: tuple[Any, ...]
+    """The folders that were found."""
+    read: Callable[[Any], tuple[Any, Any]]
+    """program -> (parameters, state) by part."""
+    tokenizer: Any
+    use: str
+    """What it is good for."""
+
+
+def _model(arguments: argparse.Namespace, destination: Path) -> Imported:
+    """The model in a folder, or one part of a pipeline."""
+    from jaxgen.interop.families import component, find
+    from jaxgen.models.clip import CLIP
+    from jaxgen.tasks.vision import turned
+
+    folder, part = arguments.directory, arguments.part
+    found = component(folder, part) if part else find(folder)
+    tokenizer = _tokenizer(found, arguments.tokenizer)
+
+    def read(program: Any) -> tuple[Any, Any]:
+        variables = found.read(program.sharding)
+        params = variables.pop("params")
+        if "model" in program.shapes.params:
+            return {"model": params}, {"model": variables} if variables else {}
+        return params, turned(variables)
+
+    experiment = described(found, destination, tokenizer)
+    tower = "image" if isinstance(found.module, CLIP) else "model"
+    what = "its picture's tower" if experiment.evaluations else f"the {type(found.module).__name__}"
+    use = f"Pretrained('{destination}', part='task.{tower}') is {what}"
+    return Imported(found.format.name, experiment, (found,), read, tokenizer, use)
+
+
+def _pipeline(arguments: argparse.Namespace, destination: Path) -> Imported | None:
+    """A whole pipeline of diffusers; None where the folder is none, or a part of it is meant."""
+    from jaxgen.cli import pipelines
+    from jaxgen.data.huggingface import read
+    from jaxgen.experiment import Experiment
+    from jaxgen.training.optimizers import AdamW
+
+    if arguments.part or not pipelines.is_pipeline(arguments.directory):
+        return None
+    found = pipelines.opened(arguments.directory)
+    tokenizer = None
+    if found.tokenizer is not None:
+        if arguments.tokenizer == "none":
+            raise UserError("a pipeline that draws what a text says needs a tokenizer; --tokenizer none leaves it "
+                            "without")
+        tokenizer = _checked(read(arguments.tokenizer or found.tokenizer), found.parts["text"].module,
+                             arguments.tokenizer or found.tokenizer)  # fmt: skip
+    task, data, preview = found.described(tokenizer, str(destination / "tokenizer"))
+    experiment = Experiment(_named(destination), task, data, AdamW(), BATCH, steps=1, evaluations=(preview,))
+    asked = '--prompt "..."' if tokenizer is not None else "--class NAME"
+    left = f" (without {', '.join(found.left)})" if found.left else ""
+    return Imported(
+        f"diffusers {found.kind}{left}", experiment, tuple(found.parts.values()),
+        lambda program: found.read(program.sharding), tokenizer,
+        f"jaxgen sample {destination} {asked} draws with it",
+    )  # fmt: skip
 
 
 def described(found: Any, destination: Path, tokenizer: Any) -> Any:
@@ -88,10 +157,7 @@ def described(found: Any, destination: Path, tokenizer: Any) -> Any:
 
     module, pictures = found.module, found.pictures
     if not isinstance(module, CLIP | ViT | ResNet):
-        raise UserError(
-            f"a {type(module).__name__} is one part of a pipeline, and no model on its own; "
-            "jaxgen.interop.families.component reads it"
-        )
+        return _described_part(module, pictures, destination)
     shown = dict(size=pictures.size, channels=getattr(module, "channels", 3), fit=_fit(pictures))
     normal = dict(mean=pictures.mean, std=pictures.std)
     if isinstance(module, CLIP):
@@ -105,8 +171,29 @@ def described(found: Any, destination: Path, tokenizer: Any) -> Any:
     else:
         task, data = Classification(module, **normal), LabelledImages(**shown)
         evaluations = (Accuracy(),) if module.out else ()
-    name = re.sub(r"[^\w.+-]", "-", destination.absolute().name).lstrip("-+") or "model"
-    return Experiment(name, task, data, AdamW(), BATCH, steps=1, evaluations=evaluations)
+    return Experiment(_named(destination), task, data, AdamW(), BATCH, steps=1, evaluations=evaluations)
+
+
+def _described_part(module: Any, pictures: Any, destination: Path) -> Any:
+    """The experiment of one part of a pipeline, which draws nothing on its own."""
+    from jaxgen.data.imagetext import LabelledImages
+    from jaxgen.experiment import Experiment
+    from jaxgen.models.autoencoder import Autoencoder
+    from jaxgen.tasks.autoencoder import Autoencoding
+    from jaxgen.tasks.part import Part
+    from jaxgen.training.optimizers import AdamW
+
+    task: Any = Part(module)
+    data = LabelledImages(size=pictures.size or 64)
+    if isinstance(module, Autoencoder):
+        task = Autoencoding(module, discriminator=None, measure=False)
+        data = dataclasses.replace(data, channels=module.channels)
+    return Experiment(_named(destination), task, data, AdamW(), BATCH, steps=1)
+
+
+def _named(destination: Path) -> str:
+    """An experiment's name for a directory."""
+    return re.sub(r"[^\w.+-]", "-", destination.absolute().name).lstrip("-+") or "model"
 
 
 def _fit(pictures: Any) -> tuple[Any, ...]:
@@ -130,10 +217,14 @@ def _tokenizer(found: Any, given: str | None) -> Any:
     if given is None and not any((found.path / name).is_file() for name in FILES):
         raise UserError(f"{found.path} has no tokenizer ({', '.join(FILES)}); name one with --tokenizer PATH, or do "
                         "without, and without searches, with --tokenizer none")
-    tokenizer = read(given or found.path, found.path)
-    if tokenizer.vocab_size > found.module.text.vocab_size:
-        raise UserError(f"the tokenizer {given or found.path} has {tokenizer.vocab_size} entries, and the model knows "
-                        f"{found.module.text.vocab_size}: it belongs to another model")
+    return _checked(read(given or found.path, found.path), found.module.text, given or found.path)
+
+
+def _checked(tokenizer: Any, text: Any, where: str | Path) -> Any:
+    """The tokenizer; UserError where it is not for the text's tower."""
+    if tokenizer.vocab_size > text.vocab_size:
+        raise UserError(f"the tokenizer {where} has {tokenizer.vocab_size} entries, and the model knows "
+                        f"{text.vocab_size}: it belongs to another model")
     return tokenizer
 
 
@@ -157,25 +248,31 @@ def _made_whole(destination: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save(folder: Path, state: Any, tokenizer: Any) -> None:
+def _save(folder: Path, state: Any, frozen: Any, tokenizer: Any) -> None:
+    import jax
+
     from jaxgen.training.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(folder / "checkpoints")
+    if jax.tree.leaves(frozen):
+        checkpoints.save_once("frozen", frozen)
     checkpoints.save(0, state)
     checkpoints.wait()
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
 
 
-def _note(folder: Path, found: Any, experiment: Any) -> None:
+def _note(folder: Path, parts: tuple[Any, ...]) -> None:
     """What the directory tells of where it came from."""
     import json
     from importlib.metadata import version
 
     from jaxgen.files import write_whole
 
+    imported = [{"path": str(found.path.absolute()), "format": found.format.name, "file": found.tensors.path.name}
+                for found in parts]  # fmt: skip
     told = {
-        "imported": {"path": str(found.path.absolute()), "format": found.format.name, "file": found.tensors.path.name},
+        "imported": imported[0] if len(imported) == 1 else imported,
         "versions": {name: version(name) for name in ("jaxgen", "jax", "flax", "safetensors")},
     }
     write_whole(folder / "run.json", json.dumps(told, indent=1) + "\n")

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
+from jaxgen.cli.editing import given
 from jaxgen.cli.main import DONE
-from jaxgen.data import images
+from jaxgen.data import buckets
 from jaxgen.data.captions import encode_captions
 from jaxgen.data.sheets import png, sheet
 from jaxgen.data.tokenizers import load
@@ -22,7 +22,7 @@ from jaxgen.evaluation.base import Setting
 from jaxgen.evaluation.pictures import PicturePreview, drawing
 from jaxgen.files import write_whole
 from jaxgen.sampling import grids, solvers
-from jaxgen.sampling.diffusion import Edit, Sampling
+from jaxgen.sampling.diffusion import Sampling
 
 BATCH = 64   # pictures at a time
 HIGH = 30.0   # a guidance scale beyond which little is left of a picture
@@ -36,15 +36,23 @@ def draw(arguments: argparse.Namespace, opened: Any) -> int:
     shape = size_of(arguments.size, tuple(spec["image"].shape[1:]) if "image" in spec else None)
     if shape is None:
         raise UserError(f"{opened.directory} makes points, which `jaxgen eval` plots, and no pictures")
+    if arguments.aspect:
+        shape = (*nearest_shape(arguments, getattr(experiment.data, "table", ()), shape, opened.directory), shape[2])
+    beside = getattr(experiment.task, "beside", None)
+    if sampling.image_guidance != 1 and not getattr(beside, "drop", 0):
+        raise UserError(f"--image-guidance is of no use here: {opened.directory} edits no pictures by instructions")
+    batch, labels, unwanted = asked(arguments, opened)
+    shown = given(arguments, beside, shape, opened.directory)
+    shape = shown.shape
     experiment.task.check_shape(shape)
     sampling = dataclasses.replace(sampling, shape=shape)
-    batch, labels, unwanted = asked(arguments, opened)
     n = arguments.n or 16
     total = len(labels) * n
     index = np.tile(np.arange(n), len(labels))
     batch = {k: np.repeat(v, n, 0) for k, v in batch.items()}
+    batch |= {k: np.repeat(v, total, 0) for k, v in shown.arrays.items()}
     unwanted = unwanted and {k: np.repeat(v[:1], total, 0) for k, v in unwanted.items()}
-    edit = edit_of(arguments, opened, shape, total)
+    edit = shown.edit(opened, total)
 
     frames: dict[int, np.ndarray] = {}
     more = {"callback": lambda step, x: frames.setdefault(int(step), np.asarray(x[0]))} if arguments.frames else {}
@@ -69,7 +77,7 @@ def draw(arguments: argparse.Namespace, opened: Any) -> int:
     labels = [label for label in labels for _ in range(n)]
     told = {"run": str(opened.directory), "step": opened.step, "weights": arguments.weights, "seed": arguments.seed}
     told |= described(sampling)
-    told |= {k: v for k in ("negative", "image", "mask") if (v := getattr(arguments, k))}
+    told |= {k: v for k in ("negative", "image", "mask", "extend", "image_noise") if (v := getattr(arguments, k))}
     told |= {"strength": edit.strength} if edit else {}
     folder = Path(arguments.out) if arguments.out else opened.directory / "drawn" / name_of(labels, arguments.seed)
     files = []
@@ -108,7 +116,8 @@ def draw(arguments: argparse.Namespace, opened: Any) -> int:
 def settings(arguments: argparse.Namespace, experiment: Any) -> Sampling:
     """The run's own way to draw, as its previews have it, with what was chosen otherwise."""
     own = next((e.sampling for e in experiment.evaluations if isinstance(e, PicturePreview)), Sampling())
-    changes: dict[str, Any] = {k: v for k in ("steps", "guidance") if (v := getattr(arguments, k)) is not None}
+    numbers = ("steps", "guidance", "image_guidance")
+    changes: dict[str, Any] = {k: v for k in numbers if (v := getattr(arguments, k)) is not None}
     if arguments.solver:
         changes["solver"] = chosen(arguments.solver, solvers, solvers.Solver, "--solver")()
     if arguments.grid:
@@ -142,6 +151,24 @@ def size_of(text: str | None, shape: tuple[int, ...] | None) -> tuple[int, ...] 
     if not (match := re.fullmatch(r"(\d+)x(\d+)", text)):
         raise UserError(f"--size is {text!r}, which should be like 64x96, height and width")
     return int(match[1]), int(match[2]), shape[2]
+
+
+def nearest_shape(
+    arguments: argparse.Namespace, table: tuple[tuple[int, int], ...], square: tuple[int, ...], run: Path
+) -> tuple[int, int]:
+    """(H, W) of the shapes in the table of the run's data whose proportions are nearest to --aspect."""
+    if arguments.size:
+        raise UserError(f"both --size {arguments.size} and --aspect {arguments.aspect} say what is drawn; give one")
+    match = re.fullmatch(r"(\d{1,5}):(\d{1,5})", arguments.aspect)
+    width, height = map(int, match.groups()) if match else (0, 0)
+    if not width or not height:
+        raise UserError(f"--aspect is {arguments.aspect!r}, which should be like 3:2, width to height")
+    if not table:
+        raise UserError(
+            f"--aspect is of no use here: {run} has learned pictures of one shape, {square[0]} x {square[1]} "
+            "(data.aspect is 1); --size asks for another"
+        )
+    return table[int(buckets.nearest(table, height, width))]
 
 
 def asked(arguments: argparse.Namespace, opened: Any) -> tuple[dict[str, np.ndarray], list[str], dict | None]:
@@ -210,44 +237,6 @@ def _unknown(tokenizer: Any) -> int:
     return -1 if found is None else found
 
 
-def edit_of(arguments: argparse.Namespace, opened: Any, shape: tuple[int, ...], count: int) -> Edit | None:
-    """The picture to begin with, so many times."""
-    if not arguments.image:
-        for name in ("mask", "strength"):
-            if getattr(arguments, name) is not None:
-                raise UserError(f"--{name} needs a picture to begin with: --image FILE")
-        return None
-    picture = opened_picture(arguments.image)
-    mask = None
-    if arguments.mask:
-        drawn = opened_picture(arguments.mask).convert("L")
-        if drawn.size != picture.size:
-            raise UserError(
-                f"the mask {arguments.mask} is of {drawn.width} x {drawn.height} pixels, and the picture "
-                f"{arguments.image} of {picture.width} x {picture.height}; they should be the same"
-            )
-        mask = drawn
-    picture = picture.convert("L" if shape[2] == 1 else "RGB").resize((shape[1], shape[0]), Image.Resampling.LANCZOS)
-    pixels = np.asarray(picture).reshape(1, *shape)
-    start = np.asarray(opened.experiment.task.values(opened.params, opened.state, {"image": pixels}), np.float32)
-    if mask is not None:   # of latents, a place is new where any of its pixels is
-        high, wide = start.shape[1:3]
-        covered = np.asarray(mask.resize((wide, high), Image.Resampling.BOX), np.float32)
-        mask = np.repeat((covered > (127 if high == shape[0] else 0)).astype(np.float32)[None, ..., None], count, 0)
-    strength = arguments.strength if arguments.strength is not None else 0.6 if mask is None else 1.0
-    return Edit(np.repeat(start, count, 0), strength, mask)
-
-
-def opened_picture(file: str) -> Image.Image:
-    """A picture file; UserError where it is none."""
-    try:
-        return images.read(Path(file).read_bytes())
-    except images.BadImage as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-
-
 # ---- what is said ----
 
 
@@ -255,7 +244,8 @@ def described(sampling: Sampling) -> dict[str, Any]:
     """All that decides a picture besides weights and seed, as data."""
     return {
         "solver": repr(sampling.solver), "grid": repr(sampling.grid), "steps": sampling.steps,
-        "guidance": sampling.guidance, "interval": list(sampling.interval), "rescale": sampling.rescale,
+        "guidance": sampling.guidance, "image_guidance": sampling.image_guidance,
+        "interval": list(sampling.interval), "rescale": sampling.rescale,
         "threshold": sampling.threshold, "shape": list(sampling.shape),
     }  # fmt: skip
 

@@ -12,7 +12,8 @@ from jaxgen.errors import UserError
 TEXT = {"max_new_tokens": 256, "temperature": 0.8, "top_p": 0.95}
 """Options of language models, with their defaults."""
 PICTURES = (
-    "class", "negative", "guidance", "solver", "grid", "steps", "size", "image", "strength", "mask", "frames", "out",
+    "class", "negative", "guidance", "image_guidance", "solver", "grid", "steps", "size", "aspect", "image", "strength",
+    "mask", "extend", "image_noise", "frames", "out",
 )  # fmt: skip
 """Options of models that make pictures; what is not given is as in the run's own previews."""
 
@@ -37,9 +38,22 @@ def parser() -> options.Parser:
     pictures.add_argument("--grid", metavar="NAME", help="how steps are spread: uniform, karras, exponential, shifted")
     pictures.add_argument("--steps", type=int, metavar="N", help="steps of the solver")
     pictures.add_argument("--size", metavar="HxW", help="pixels, where the network takes other sizes")
-    pictures.add_argument("--image", metavar="FILE", help="a picture to begin with")
-    pictures.add_argument("--strength", type=float, help="how far to leave it, from 0 to 1 (0.6; with a mask 1)")
-    pictures.add_argument("--mask", metavar="FILE", help="white where the picture is to be made anew")
+    pictures.add_argument("--aspect", metavar="W:H",
+                          help="width to height, such as 3:2, where the run has learned pictures of several shapes: "
+                               "takes the nearest of them")
+    pictures.add_argument("--image", metavar="FILE",
+                          help="a picture: to begin with, or for a run that learned it, to be edited as --prompt says, "
+                               "filled where --mask is white, or enlarged")
+    pictures.add_argument("--strength", type=float,
+                          help="variations: how far to leave --image, from 0 to 1 (0.6; with a mask, or for a run that "
+                               "edits, 1)")
+    pictures.add_argument("--mask", metavar="FILE", help="white where --image is to be made anew")
+    pictures.add_argument("--extend", metavar="L,T,R,B",
+                          help="pixels to add at the left, top, right and bottom of --image, made anew")
+    pictures.add_argument("--image-guidance", type=float, metavar="SCALE",
+                          help="how much --image counts in an edit, where --guidance is the instruction's; 1 for none")
+    pictures.add_argument("--image-noise", type=float, metavar="S",
+                          help="noise on a small --image that a model has drawn, 0 to 1 (0)")
     pictures.add_argument("--frames", action="store_true", help="also a sheet of the first picture after each step")
     pictures.add_argument("--out", metavar="DIR", help="where pictures go (RUN/drawn/NAME)")
     return parser
@@ -52,8 +66,9 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {value}, which should be at least {least}")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p is {arguments.top_p}, which should be above 0 and at most 1")
-    if arguments.strength is not None and not 0 <= arguments.strength <= 1:
-        raise UserError(f"--strength is {arguments.strength}, which should be from 0 to 1")
+    for name in ("strength", "image_noise"):
+        if (value := getattr(arguments, name)) is not None and not 0 <= value <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, which should be from 0 to 1")
     from jaxgen.cli.opened import open_run
 
     opened = open_run(arguments, "sample")

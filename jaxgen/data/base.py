@@ -33,6 +33,14 @@ class Prepared(abc.ABC):
     facts: dict[str, Any] = {}
     workers: int = 0
 
+    def batched(self, size: int) -> Prepared:
+        """The same, known to be trained on in batches of this size: what that decides is among its `facts`.
+
+        Raises:
+          UserError: there is too little for such a batch.
+        """
+        return self
+
     @abc.abstractmethod
     def train(self, seed: int) -> grain.MapDataset:
         """Endless dataset of dicts of numpy arrays; example i is a function of (seed, i) alone."""
@@ -49,6 +57,10 @@ class Data(abc.ABC):
     @abc.abstractmethod
     def spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a training batch; needs no data."""
+
+    def specs(self, batch_size: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """`spec`, and where training batches come in several shapes, that of each of them."""
+        return [self.spec(batch_size)]
 
     @abc.abstractmethod
     def prepare(self, cache: str | Path | None = None, progress: Progress | None = None) -> Prepared:

@@ -21,7 +21,7 @@ from jaxgen.data.tokenizers import SentencePieceTokenizer, Tokenizer, TokenizerC
 from jaxgen.errors import UserError, nearest
 from jaxgen.files import write_whole
 
-FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 END = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 
 
@@ -71,7 +71,8 @@ def read(path: str | Path, model: str | Path | None = None) -> Tokenizer:
     if file.suffix == ".model":
         inner: Tokenizer = read_model(file.read_bytes(), file)
     else:
-        inner = _tokenizer_json(file, told)
+        definition = _of_clip(file, told) if file.name == "vocab.json" else file.read_bytes()
+        inner = _tokenizer_json(file, definition, told)
     return CaptionTokenizer(inner, lower, plain, apart) if lower or plain else inner
 
 
@@ -144,8 +145,7 @@ def _cleaning(told: dict[str, Any], clean: str) -> tuple[bool, bool, bool]:
     return (first and told.get("do_lower_case", True)) or second, first, False
 
 
-def _tokenizer_json(file: Path, told: dict[str, Any]) -> HuggingFaceTokenizer:
-    definition = file.read_bytes()
+def _tokenizer_json(file: Path, definition: bytes, told: dict[str, Any]) -> HuggingFaceTokenizer:
     try:
         known = _parsed(definition).get_vocab(with_added_tokens=True)
     except UserError:
@@ -163,6 +163,67 @@ def _named(told: dict[str, Any], key: str) -> str | None:
     """A special token: a string, or an object that says more of it."""
     token = told.get(key)
     return token.get("content") if isinstance(token, dict) else token
+
+
+START = "<|startoftext|>"
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""What CLIP's tokenizer takes for words (Radford et al. 2021, section 2.4, by their program)."""
+
+
+def _of_clip(vocab: Path, told: dict[str, Any]) -> bytes:
+    """The definition that the two files of CLIP's tokenizer, `vocab.json` and `merges.txt`, stand for: pairs of bytes
+    within words, which end with "</w>"."""
+    places, merges = _json(vocab), vocab.with_name("merges.txt")
+    if START not in places or END[0] not in places:
+        raise UserError(f"{vocab} lacks {START} or {END[0]}, so it is not of CLIP's tokenizer, the only one that is "
+                        "read from vocab.json and merges.txt")
+    try:
+        lines = merges.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        raise UserError(f"{merges}, which belongs to {vocab.name}, cannot be read") from None
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    unknown = _named(told, "unk_token") or END[0]
+    special = sorted({START, END[0]}, key=places.get)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    clean = [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}, {"type": "Lowercase"}]
+    words = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Removed", "invert": True}
+    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": places[token], "content": token, **plain} for token in special],
+        "normalizer": {"type": "Sequence", "normalizers": clean},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, as_bytes]},
+        "post_processor": {"type": "RobertaProcessing", "sep": [END[0], places[END[0]]], "cls": [START, places[START]],
+                           "trim_offsets": False, "add_prefix_space": False},
+        "decoder": {**as_bytes, "add_prefix_space": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": "",
+                  "end_of_word_suffix": "</w>", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": places, "merges": pairs},
+    }, ensure_ascii=False).encode()  # fmt: skip
+
+
+def write_clip(tokenizer: Tokenizer | None, folder: str | Path, length: int) -> bool:
+    """Writes CLIP's tokenizer in the form of a pipeline's folder `tokenizer`, for texts of `length` tokens; False where
+    it is another. The two files are for whoever is too old for `tokenizer.json`."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return False
+    told = json.loads(tokenizer.definition)
+    model, names = told["model"], {i: name for name, i in _parsed(tokenizer.definition).get_vocab(True).items()}
+    if model.get("end_of_word_suffix") != "</w>" or START not in names.values():
+        return False
+    special = {"bos_token": START, "eos_token": names[tokenizer.eos], "unk_token": model.get("unk_token") or END[0],
+               "pad_token": names[tokenizer.padding]}  # fmt: skip
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    vocab = dict(sorted({**model["vocab"], **{name: i for i, name in names.items()}}.items(), key=lambda item: item[1]))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "tokenizer.json", tokenizer.definition)
+    write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+    write_whole(folder / "special_tokens_map.json", json.dumps(special, indent=1) + "\n")
+    config = {"tokenizer_class": "CLIPTokenizer", **special, "model_max_length": length, "do_lower_case": True}
+    write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import sys
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 Picture = UInt8[np.ndarray, "H W C"]
 
@@ -42,6 +44,34 @@ def read(data: bytes, background: tuple[int, int, int] = (255, 255, 255), max_pi
     Raises:
       BadImage: the data is empty, cut off, damaged, of no known format, or of more than `max_pixels` pixels.
     """
+    image = _opened(data, max_pixels)
+    try:
+        if size and image.format in ("JPEG", "MPO"):
+            image.draft(None, (2 * size, 2 * size))
+        image.load()
+        return _rgb(_upright(image), background)
+    except Exception as e:
+        raise BadImage(f"it is damaged ({_why(e)})") from e
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """(height, width) of the picture in a file's content, turned as its EXIF orientation says; unpacks no pixels.
+
+    Raises:
+      BadImage: the data is empty, of no known format, or damaged at its beginning.
+    """
+    image = _opened(data, sys.maxsize)
+    width, height = image.size
+    if image.format == "TIFF":  # whose size newer versions of Pillow have turned already
+        width, height = image.tag_v2[256], image.tag_v2[257]
+    with contextlib.suppress(Exception):  # damaged EXIF data says nothing
+        if _may_be_turned(image) and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
+            return width, height
+    return height, width
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    """The picture with nothing unpacked yet."""
     if not data:
         raise BadImage("the file is empty")
     # Damaged files make Pillow raise nearly anything: OSError, SyntaxError, ValueError, struct.error, EOFError, ...
@@ -58,13 +88,7 @@ def read(data: bytes, background: tuple[int, int, int] = (255, 255, 255), max_pi
         raise BadImage(f"it has {width} x {height} pixels, more than {max_pixels}")
     if not width * height:
         raise BadImage("it has no pixels")
-    try:
-        if size and image.format in ("JPEG", "MPO"):
-            image.draft(None, (2 * size, 2 * size))
-        image.load()
-        return _rgb(_upright(image), background)
-    except Exception as e:
-        raise BadImage(f"it is damaged ({_why(e)})") from e
+    return image
 
 
 @functools.cache
@@ -77,9 +101,13 @@ def _why(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def _may_be_turned(image: Image.Image) -> bool:
+    named = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
+    return bool(named & image.info.keys()) or image.format == "TIFF"
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    if not {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"} & image.info.keys() and \
-            image.format != "TIFF":
+    if not _may_be_turned(image):
         return image
     try:
         return ImageOps.exif_transpose(image)

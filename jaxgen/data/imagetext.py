@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import array
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -15,18 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
+from PIL import Image
 
 from jaxgen.data import cache as caching
 from jaxgen.data.base import Data, Prepared, Progress
 from jaxgen.data.batching import check_skipped, endless, fold, skipped
+from jaxgen.data.buckets import Batches, Buckets, Shape, shapes
 from jaxgen.data.captions import encode_captions
-from jaxgen.data.images import MAX_PIXELS, BadImage, Picture, read
+from jaxgen.data.images import MAX_PIXELS, BadImage, Picture, read, size_of
 from jaxgen.data.pictures import open_pictures
 from jaxgen.data.rows import Pictures, Row, Strings, StringsWriter, mapped_array, no_column
 from jaxgen.data.sources import printable
 from jaxgen.data.tokenizers import SentencePiece, Tokenizer, TokenizerConfig, load
-from jaxgen.data.transforms import CenterCrop, Resize, Transform, apply, patchify, pillow
+from jaxgen.data.transforms import CenterCrop, Cover, Resize, Transform, apply, patchify, pillow
 from jaxgen.data.transforms import array as pixels
 from jaxgen.errors import UserError, nearest
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # counts up when the same input would give another index
 TOKENS = 2  # the same for other tokens of an index
+SIZES = 1  # and for other sizes of its pictures
 ATTEMPTS = 100  # pictures tried in place of one that cannot be read
 NAMED = 8  # of the rows that cannot be used, so many are told by name
 PARTS = ("train", "heldout")
@@ -76,17 +80,20 @@ class View:
                 "coordinates": ((self.patches, 2), np.int32), "patch_mask": ((self.patches,), np.bool_)}
 
     def __call__(self, data: bytes | Picture, augment: Sequence[Transform] = (),
-                 rng: np.random.Generator | None = None) -> Example:
+                 rng: np.random.Generator | None = None, shape: Shape | None = None) -> Example:
         """`image`, or `patches`, `coordinates` and `patch_mask`.
 
         Args:
           data: a file's content, or the picture.
           augment: what comes before the fitting, with the randomness of `rng`.
+          shape: (H, W) that the picture is brought to in the place of `size` x `size`; `augment` comes after that.
 
         Raises:
           BadImage: the data is no picture, or one that cannot be brought to the size.
         """
         rng = rng or np.random.default_rng(0)
+        if shape:
+            augment = (Cover(*shape), *augment)
         first = (augment or self._fit)[0] if augment or not self.patches else None
         image = read(data, self.background, self.max_pixels, first.least() if first else 0) \
             if isinstance(data, bytes) else pillow(data)
@@ -94,6 +101,9 @@ class View:
         if self.patches:
             return dict(zip(("patches", "coordinates", "patch_mask"), patchify(image, self.patch, self.patches),
                             strict=True))
+        if shape:
+            _check_kept(image, shape)
+            return {"image": pixels(image)}
         if not augment or image.size != (self.size, self.size):
             image = apply(self._fit, image, rng)
         if image.size != (self.size, self.size):
@@ -108,6 +118,12 @@ class View:
     @property
     def _fit(self) -> tuple[Transform, ...]:
         return self.fit or (Resize(self.size), CenterCrop(self.size))
+
+
+def _check_kept(image: Image.Image, shape: Shape) -> None:
+    if image.size != shape[::-1]:
+        raise UserError(f"data.augment makes {image.height} x {image.width} pixels of {shape[0]} x {shape[1]}; with "
+                        "data.aspect it comes after the picture has its shape, and must leave it that, as Flip does")
 
 
 class Viewing(Prepared):
@@ -176,6 +192,10 @@ class Images(Data):
     `coordinates`, int32 (B, patches, 2), and `patch_mask`, bool (B, patches). Held-out batches have `weights`, float32
     (B,): 0 where a picture cannot be read. In training such a picture is replaced by another.
 
+    With `aspect` above 1 each training batch has one of the shapes of `table` in the place of size x size: each picture
+    is resized to cover the shape nearest to its own, cut in the middle, and then augmented. Pictures of shapes that
+    have fewer than a batch go to the nearest that has enough. Held-out pictures stay square.
+
     Attributes:
       path: a folder, a table (.tsv or .jsonl), tar shards, ArrayRecord, tfds:NAME, .npz, or IDX; "" draws scenes; see
         `jaxgen.data.pictures.open_pictures`.
@@ -189,6 +209,8 @@ class Images(Data):
       background: behind what is transparent.
       patches: 0, or the number of patches of pictures that keep their proportions (NaFlex).
       patch: pixels of such a patch's side.
+      aspect: the most that one side of a picture may be of the other in training; 1 makes all square.
+      aspect_step: of what sides are multiples then.
       heldout: fraction that is held out.
       heldout_by: "name" holds out by a hash of the picture's name, "tail" the last pictures.
       group_by: a column whose equal values stay on one side; "" for the name itself.
@@ -209,6 +231,8 @@ class Images(Data):
     background: tuple[int, int, int] = (255, 255, 255)
     patches: int = 0
     patch: int = 16
+    aspect: float = 1.0
+    aspect_step: int = 64
     heldout: float = 0.1
     heldout_by: Literal["name", "tail"] = "name"
     group_by: str = ""
@@ -220,7 +244,8 @@ class Images(Data):
     _kept: ClassVar[type[_Kept]] = _Kept
 
     def __post_init__(self):
-        for name, least in (("size", 1), ("patches", 0), ("patch", 1), ("max_pixels", 1), ("workers", -1)):
+        for name, least in (("size", 1), ("patches", 0), ("patch", 1), ("max_pixels", 1), ("workers", -1),
+                            ("aspect", 1), ("aspect_step", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")
         for name, top in (("heldout", "less than 1"), ("max_bad", "1")):
@@ -233,6 +258,26 @@ class Images(Data):
             raise UserError(f"data.heldout_by is '{self.heldout_by}'; it is 'name' or 'tail'")
         if self.group_by and self.heldout_by == "tail":
             raise UserError("data.group_by goes with data.heldout_by 'name', not with 'tail'")
+        if self.aspect > 1:
+            self._check_aspect()
+
+    def _check_aspect(self) -> None:
+        if self.patches:
+            raise UserError("data.patches keeps the proportions of pictures already; data.aspect is 1 with it")
+        if self.size % self.aspect_step:
+            raise UserError(f"data.size is {self.size}, which should be a multiple of data.aspect_step = "
+                            f"{self.aspect_step} where data.aspect makes other shapes of it")
+        if len(self.table) == 1:
+            raise UserError(f"data.aspect = {self.aspect:g} has no shape but {self.size} x {self.size} in steps of "
+                            f"data.aspect_step = {self.aspect_step}; give a larger aspect or a smaller step")
+        for shape in self.table if self.augment else ():
+            blank = Image.new("RGB" if self.channels == 3 else "L", shape[::-1])
+            _check_kept(apply(self.augment, blank, np.random.default_rng(0)), shape)
+
+    @functools.cached_property
+    def table(self) -> tuple[Shape, ...]:
+        """The (H, W) of training pictures, where they are not all square."""
+        return shapes(self.size, self.aspect, self.aspect_step) if self.aspect > 1 else ()
 
     @property
     def view(self) -> View:
@@ -243,6 +288,13 @@ class Images(Data):
 
         return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
                 for name, (shape, dtype) in (self.view.shapes() | self._shapes()).items()}
+
+    def specs(self, batch_size: int) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        import jax
+
+        square = self.spec(batch_size)
+        others = [(batch_size, *shape, self.channels) for shape in self.table if shape != (self.size, self.size)]
+        return [square, *(square | {"image": jax.ShapeDtypeStruct(shape, np.uint8)} for shape in others)]
 
     @abc.abstractmethod
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -340,7 +392,16 @@ class Images(Data):
         return {}
 
     def _fingerprint(self, index: Index, *more: Any) -> str:
-        return caching.key(index.directory.name, repr(self.view), repr(self.augment), *more)
+        return caching.key(index.directory.name, repr(self.view), repr(self.augment), *more,
+                           *([self.table] if self.table else ()))
+
+    def _buckets(self, index: Index, cache: Path, progress: Progress | None) -> Buckets | None:
+        """The shape of each training picture, by the sizes in their files, which are read once."""
+        if not self.table:
+            return None
+        sizes = caching.build(cache / "sizes" / caching.key(SIZES, index.directory.name),
+                              lambda directory: _write_sizes(directory, index, progress))
+        return Buckets(self.table, sizes / "sizes.npy")
 
     def _facts(self, index: Index) -> dict[str, Any]:
         counts = index.meta["counts"]
@@ -376,6 +437,18 @@ class Index:
         return Strings(self.directory, f"{part}.{name}")
 
 
+def _write_sizes(directory: Path, index: Index, progress: Progress | None) -> None:
+    rows = index.load("train", "rows")
+    sizes = np.ones((len(rows), 2), np.int32)  # what cannot be read counts as square; reading it tells
+    for i, row in enumerate(rows):
+        with contextlib.suppress(BadImage):
+            found = index.train.image(int(row))
+            sizes[i] = size_of(found) if isinstance(found, bytes) else found.shape[:2]
+        if progress and i % 4096 == 0:
+            progress("sizes of pictures", i, len(rows))
+    np.save(directory / "sizes.npy", sizes)
+
+
 # --- reading examples ----------------------------------------------------------------------------------------------
 
 
@@ -389,6 +462,7 @@ class Reader(abc.ABC):
     augment: tuple[Transform, ...]
     seed: int
     max_bad: float
+    buckets: Buckets | None = None
 
     @functools.cached_property
     def _rows(self) -> np.ndarray:
@@ -411,17 +485,29 @@ class Reader(abc.ABC):
     def about(self, place: int, rng: np.random.Generator | None) -> Example:
         """All of an example but the picture."""
 
-    def train(self, index: int) -> Example:
-        """Example `index`, which counts on through the epochs; a function of it and the seed alone."""
+    def kinds(self, batch: int) -> Int[np.ndarray, " N"]:
+        """Which shape of the table each picture is brought to in batches of this size."""
+        if self.buckets.batch == batch:
+            return self.buckets.kinds
+        return dataclasses.replace(self.buckets, batch=batch).kinds
+
+    def train(self, index: int, kind: int | None = None, among: Int[np.ndarray, " M"] | None = None) -> Example:
+        """Example `index`, which counts on through the epochs; a function of it and the seed alone.
+
+        Args:
+          kind: the number of its shape in the table; without, it is square.
+          among: the places of that shape, where it is one of several.
+        """
         place = index % len(self)
+        shape = None if kind is None else self.buckets.table[kind]
         told = ""
         for attempt in range(ATTEMPTS):
             rng = np.random.default_rng([self.seed, index, attempt])
             if attempt:
-                place = int(rng.integers(len(self)))
+                place = int(rng.integers(len(self)) if among is None else rng.choice(among))
             about = self.about(place, rng)
             try:
-                seen = self.view(self._image(place), self.augment, rng)
+                seen = self.view(self._image(place), self.augment, rng, shape)
             except BadImage as e:
                 told = f"{self._names[place]}: {e}"
                 skipped(self._names[place], str(e), self.max_bad)
@@ -431,16 +517,42 @@ class Reader(abc.ABC):
 
     def __getitem__(self, index: int) -> Example:
         """Example `index` of a pass through all, with its weight: 0 for a picture that cannot be read."""
-        place = int(index)
+        return self.plain(int(index))
+
+    def plain(self, place: int, shape: Shape | None = None) -> Example:
+        """The same, brought to a shape (H, W) in the place of the square."""
         try:
-            seen, weight = self.view(self._image(place)), 1
+            seen, weight = self.view(self._image(place), shape=shape), 1
         except BadImage as e:
             skipped(self._names[place], str(e), self.max_bad)
-            seen, weight = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.view.shapes().items()}, 0
+            shapes = {"image": ((*shape, self.view.channels), np.uint8)} if shape else self.view.shapes()
+            seen, weight = {name: np.zeros(size, dtype) for name, (size, dtype) in shapes.items()}, 0
         return seen | self.about(place, None) | {"weights": np.float32(weight)}
 
     def _image(self, place: int) -> bytes | Picture:
         return getattr(self.index, self.part).image(int(self._rows[place]))
+
+
+def shuffled(examples: Any, seed: int) -> grain.MapDataset:
+    """Examples of a `Reader`, or of what reads as it does, epoch after epoch."""
+    single = endless(examples.train, len(examples), seed)
+    if examples.buckets is None:
+        return single
+    from jaxgen.data.source import Bucketed
+
+    return Bucketed(single, Batches(examples, fold(seed)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bucketed:
+    """Readers of a part with other buckets."""
+
+    readers: Any
+    buckets: Buckets
+
+    def __call__(self, part: str, seed: int) -> Reader:
+        reader = self.readers(part, seed)
+        return dataclasses.replace(reader, buckets=self.buckets) if part == "train" else reader
 
 
 class _Datasets(Viewing):
@@ -448,9 +560,17 @@ class _Datasets(Viewing):
 
     readers: Any  # (part, seed) -> Reader
 
+    def batched(self, size: int) -> Prepared:
+        buckets = self.readers("train", 0).buckets
+        if buckets is None:
+            return self
+        found, buckets = copy.copy(self), dataclasses.replace(buckets, batch=size)
+        found.facts = self.facts | {"shapes": buckets.told()}
+        found.readers = _Bucketed(self.readers, buckets)
+        return found
+
     def train(self, seed: int) -> grain.MapDataset:
-        reader = self.readers("train", fold(seed))
-        return endless(reader.train, len(reader), seed)
+        return shuffled(self.readers("train", fold(seed)), seed)
 
     def heldout(self) -> grain.MapDataset:
         import grain
@@ -539,7 +659,7 @@ class ImageText(Images):
         tokens = caching.build(
             place / "captions" / caching.key(TOKENS, index.directory.name, tokenizer.fingerprint, self.length),
             lambda directory: _tokenize(directory, index, tokenizer, self.length, progress))
-        return PreparedImageText(self, index, tokenizer, tokens)
+        return PreparedImageText(self, index, tokenizer, tokens, self._buckets(index, place, progress))
 
 
 def _tokenize(directory: Path, index: Index, tokenizer: Tokenizer, length: int, progress: Progress | None) -> None:
@@ -585,7 +705,8 @@ class _CaptionReader(Reader):
 class PreparedImageText(_Datasets, Captions):
     """See `Prepared` and `Captions`."""
 
-    def __init__(self, data: ImageText, index: Index, tokenizer: Tokenizer, tokens: Path):
+    def __init__(self, data: ImageText, index: Index, tokenizer: Tokenizer, tokens: Path,
+                 buckets: Buckets | None = None):
         self._index = index
         self.view, self.tokenizer, self.length, self.workers = data.view, tokenizer, data.length, data._workers()
         self.fingerprint = data._fingerprint(index, tokenizer.fingerprint, data.length)
@@ -595,7 +716,7 @@ class PreparedImageText(_Datasets, Captions):
         if cut["train"] + cut["heldout"]:
             self.facts |= {"captions_cut": cut["train"], "heldout_captions_cut": cut["heldout"]}
         self.readers = lambda part, seed: _CaptionReader(
-            index, part, data.view, data.augment, seed, data.max_bad, tokens)
+            index, part, data.view, data.augment, seed, data.max_bad, buckets if part == "train" else None, tokens)
 
     def captions(self, part: str) -> list[list[str]]:
         """All captions of each picture of a part ("train" or "heldout"), in order."""
@@ -696,7 +817,9 @@ class LabelledImages(Images):
         return {label: places[str(label)] for label in labels}
 
     def prepare(self, cache: str | Path | None = None, progress: Progress | None = None) -> PreparedLabelledImages:
-        return PreparedLabelledImages(self, self._index(caching.root(cache), progress))
+        place = caching.root(cache)
+        index = self._index(place, progress)
+        return PreparedLabelledImages(self, index, self._buckets(index, place, progress))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -716,9 +839,10 @@ class PreparedLabelledImages(_Datasets):
       classes: names of the labels.
     """
 
-    def __init__(self, data: LabelledImages, index: Index):
+    def __init__(self, data: LabelledImages, index: Index, buckets: Buckets | None = None):
         self.view, self.workers = data.view, data._workers()
         self.classes: tuple[str, ...] = tuple(index.meta["classes"])
         self.fingerprint = data._fingerprint(index)
         self.facts = data._facts(index) | {"classes": len(self.classes)}
-        self.readers = lambda part, seed: _LabelReader(index, part, data.view, data.augment, seed, data.max_bad)
+        self.readers = lambda part, seed: _LabelReader(
+            index, part, data.view, data.augment, seed, data.max_bad, buckets if part == "train" else None)

@@ -53,7 +53,8 @@ class Loader:
       replaced: how often one was come upon; after several epochs, more often than there are names.
 
     Args:
-      dataset: examples as dicts of arrays, indexed at random (`Prepared.train` or `heldout`).
+      dataset: examples as dicts of arrays, indexed at random (`Prepared.train` or `heldout`); one of several shapes has
+        `batches_of(batch_size)`, the dataset in an order in which each batch is of one.
       shardings: a sharding for each array of the batch, by name; or one for all.
       batch_size: rows B of the global batch.
       start: the step to begin with.
@@ -64,11 +65,13 @@ class Loader:
 
     def __init__(self, dataset: grain.MapDataset, shardings: Shardings | jax.sharding.Sharding, batch_size: int,
                  start: int = 0, stop: int | None = None, workers: int = 0, prefetch: int = 2):
+        if hasattr(dataset, "batches_of"):
+            dataset = dataset.batches_of(batch_size)
         example = dataset[0]
         shapes = {name: (batch_size, *value.shape) for name, value in example.items()}
         if isinstance(shardings, jax.sharding.Sharding):
             shardings = dict.fromkeys(shapes, shardings)
-        self._shapes, self._shardings = shapes, shardings
+        self._shardings = shardings
         rows = rows_needed(shardings, shapes)
         self._place = {row: i for i, row in enumerate(rows)}
         if stop is None:
@@ -133,7 +136,7 @@ class Loader:
         try:
             with worker_processes(self._rows.read, self._workers) as run:
                 for step, (local, told) in run(range(self._start, self._stop)):
-                    batch = {name: self._global(name, local[name]) for name in self._shapes}
+                    batch = {name: self._global(name, value) for name, value in local.items()}
                     if not self._put(((step, batch), told)):
                         return
             self._put(StopIteration())
@@ -150,7 +153,7 @@ class Loader:
         return False
 
     def _global(self, name: str, local: np.ndarray) -> jax.Array:
-        shape = self._shapes[name]
+        shape = (self._rows.batch_size, *local.shape[1:])  # of this batch: others may be of another
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(shape[0])

@@ -64,6 +64,7 @@ TEXTURES = ("plain", "striped", "checked")  # "plain" is left unsaid
 KINDS = ("shape", "colour", "count", "size", "texture", "relation", "place")
 LEVELS = (1, 2, 3)
 SPLITS = ("train", "recombined", "unseen")
+EDITS = 1 + len(SPLITS)  # number of the generator of edits, after those of the scenes
 Split = Literal["train", "recombined", "unseen"]
 
 # In units of the picture's side.
@@ -589,7 +590,8 @@ class Scenes(Data):
     """Pictures of scenes with their captions; nothing is read, nothing ends.
 
     A batch has `image`, uint8 (B, size, size, 3), `tokens`, int32 (B, length): the caption, `eos`, and `eos` for
-    padding, and `lengths`, int32 (B,). Held-out batches have `weights` too.
+    padding, and `lengths`, int32 (B,). Held-out batches have `weights` too. With `edits` the scene is `before`, of the
+    same form, `image` is the scene with one fact changed, and the tokens are of the instruction that changes it.
 
     Attributes:
       level: 1, 2 or 3.
@@ -598,6 +600,7 @@ class Scenes(Data):
       heldout: how many those are.
       tokenizer: of the captions; `Words` learns the words of all levels, questions and instructions.
       length: tokens of a caption with its end.
+      edits: pairs of pictures with an instruction in place of pictures with a caption.
     """
 
     level: int = 2
@@ -606,6 +609,7 @@ class Scenes(Data):
     heldout: int = 1024
     tokenizer: TokenizerConfig = Words()
     length: int = 16
+    edits: bool = False
 
     def __post_init__(self):
         if self.level not in LEVELS:
@@ -621,8 +625,9 @@ class Scenes(Data):
     def spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         import jax
 
-        return {
-            "image": jax.ShapeDtypeStruct((batch_size, self.size, self.size, 3), np.uint8),
+        image = jax.ShapeDtypeStruct((batch_size, self.size, self.size, 3), np.uint8)
+        return ({"before": image} if self.edits else {}) | {
+            "image": image,
             "tokens": jax.ShapeDtypeStruct((batch_size, self.length), np.int32),
             "lengths": jax.ShapeDtypeStruct((batch_size,), np.int32),
         }
@@ -650,11 +655,15 @@ class PreparedScenes(Captions):
 
     def __init__(self, data: Scenes, tokenizer: Tokenizer):
         self.data, self.tokenizer, self.length, self.view = data, tokenizer, data.length, View(data.size)
-        longest = max((caption(self.scene(0, i)) for i in range(300)), key=lambda text: len(tokenizer.encode(text)))
+        texts = (self.edit(0, i)[1] if data.edits else caption(self.scene(0, i)) for i in range(300))
+        longest = max(texts, key=lambda text: len(tokenizer.encode(text)))
         if (needed := len(tokenizer.encode(longest)) + 1) > data.length:
             raise UserError(f"data.length is {data.length}, too short for the captions of level {data.level}: "
                             f"'{longest}' has {needed} tokens")
-        self.fingerprint = caching.key(VERSION, dataclasses.asdict(data), tokenizer.fingerprint)
+        told = dataclasses.asdict(data)
+        if not data.edits:  # as before there were any
+            del told["edits"]
+        self.fingerprint = caching.key(VERSION, told, tokenizer.fingerprint)
         self.facts = {
             "source": f"captioned scenes of level {data.level}", "vocabulary": tokenizer.vocab_size,
             "heldout_examples": data.heldout, "heldout_split": data.split,
@@ -668,6 +677,21 @@ class PreparedScenes(Captions):
         """Scene `index` of a held-out split (default: the data's own), of which there is no end."""
         split = split or self.data.split
         return sample(_generator(1 + SPLITS.index(split), 0, index), self.data.level, split)
+
+    def edit(self, seed: int, index: int) -> tuple[Scene, str]:
+        """Training scene `index` of a seed after its edit, and the instruction."""
+        return edit(self.scene(seed, index), _generator(EDITS, 0, seed, index))
+
+    def heldout_edit(self, index: int, split: Split | None = None) -> tuple[Scene, str]:
+        """The same of `heldout_scene`."""
+        split = split or self.data.split
+        return edit(self.heldout_scene(index, split), _generator(EDITS, 1 + SPLITS.index(split), 0, index))
+
+    def edited(self, before: Scene, after: Scene, instruction: str) -> dict[str, np.ndarray]:
+        """The example of an edit, without weights."""
+        tokens, lengths = self.encode([instruction])
+        pictures = {"before": render(before, self.data.size), "image": render(after, self.data.size)}
+        return pictures | {"tokens": tokens[0], "lengths": lengths[0]}
 
     def pair(self, scene: Scene) -> dict[str, np.ndarray]:
         """The example of a scene, without weights."""
@@ -691,7 +715,10 @@ class _Train:
     seed: int
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
-        return self.scenes.pair(self.scenes.scene(self.seed, index))
+        scene = self.scenes.scene(self.seed, index)
+        if self.scenes.data.edits:
+            return self.scenes.edited(scene, *self.scenes.edit(self.seed, index))
+        return self.scenes.pair(scene)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -699,7 +726,10 @@ class _HeldOut:
     scenes: PreparedScenes
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
-        return self.scenes.pair(self.scenes.heldout_scene(index)) | {"weights": np.float32(1)}
+        scene, weights = self.scenes.heldout_scene(index), {"weights": np.float32(1)}
+        if self.scenes.data.edits:
+            return self.scenes.edited(scene, *self.scenes.heldout_edit(index)) | weights
+        return self.scenes.pair(scene) | weights
 
 
 def _generator(*seeds: int) -> np.random.Generator:

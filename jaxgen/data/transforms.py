@@ -113,6 +113,26 @@ class CenterCrop(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
+class Cover(Transform):
+    """To `height` x `width` in the picture's own proportions; what is too much on one axis is cut off on both sides."""
+
+    height: int = 224
+    width: int = 224
+    filter: Filter = "bicubic"
+
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        size = self.width, self.height
+        if image.size == size:
+            return image
+        scale = max(new / old for new, old in zip(size, image.size, strict=True))
+        left, top = (max(0.0, (old - new / scale) / 2) for new, old in zip(size, image.size, strict=True))
+        return image.resize(size, FILTERS[self.filter], box=(left, top, image.width - left, image.height - top))
+
+    def least(self) -> int:
+        return max(self.height, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
 class Pad(Transform):
     """Filled up to a square in one colour, the picture in the middle.
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxgen.diffusion.denoiser import Denoise
+from jaxgen.diffusion.denoiser import Denoise, Picture
 from jaxgen.diffusion.paths import Path, along
 
 Scale = Float[Array, ""] | Float[Array, "B"] | float
@@ -38,11 +38,44 @@ def classifier_free(
         wanted, other = jnp.split(denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both), 2)
         inside = (t >= interval[0]) & (t <= interval[1])
         found = other + along(jnp.where(inside, scale, 1.0), x) * (wanted - other)
-        axes = tuple(range(1, x.ndim))
-        ratio = wanted.std(axes, keepdims=True) / jnp.maximum(found.std(axes, keepdims=True), 1e-12)
-        return found * (1 + along(jnp.broadcast_to(rescale, t.shape), x) * (ratio - 1))
+        return _rescaled(found, wanted, rescale)
 
     return guided
+
+
+def two_scales(
+    denoise: Denoise,
+    picture: Any,
+    nothing: Any,
+    text_scale: Scale,
+    picture_scale: Scale,
+    interval: tuple[Scale, Scale] = (0.0, 1.0),
+    rescale: Scale = 0.0,
+) -> Denoise:
+    """x0(nothing) + picture_scale (x0(picture) - x0(nothing)) + text_scale (x0(condition) - x0(picture)), of a
+    condition of a picture and a text (Brooks et al. 2023, eq. 3).
+
+    Args:
+      picture: the condition of the picture alone; `nothing`: that of neither; of the condition's shapes.
+      interval, rescale: as in `classifier_free`.
+    """
+
+    def guided(x, t, condition):
+        three = jax.tree.map(lambda *c: jnp.concatenate(c), condition, picture, nothing)
+        found = denoise(jnp.concatenate([x] * 3), jnp.concatenate([t] * 3), three)
+        wanted, seen, none = jnp.split(found, 3)
+        inside = (t >= interval[0]) & (t <= interval[1])
+        text, image = (along(jnp.where(inside, scale, 1.0), x) for scale in (text_scale, picture_scale))
+        return _rescaled(none + image * (seen - none) + text * (wanted - seen), wanted, rescale)
+
+    return guided
+
+
+def _rescaled(found: Picture, wanted: Picture, share: Scale) -> Picture:
+    """`found` on its way to the standard deviation of `wanted`."""
+    axes = tuple(range(1, found.ndim))
+    ratio = wanted.std(axes, keepdims=True) / jnp.maximum(found.std(axes, keepdims=True), 1e-12)
+    return found * (1 + along(jnp.broadcast_to(share, found.shape[:1]), found) * (ratio - 1))
 
 
 def autoguidance(denoise: Denoise, weaker: Denoise, scale: Scale) -> Denoise:

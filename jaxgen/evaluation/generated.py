@@ -393,6 +393,9 @@ class FactsRight(Drawing):
         data = setting.data
         if not isinstance(data, PreparedScenes):
             raise UserError(f"the evaluation '{self.name}' needs the data Scenes, whose facts are known")
+        if data.data.edits:
+            raise UserError(f"the evaluation '{self.name}' reads captions, and data.edits gives instructions, which "
+                            "EditsRight reads")
         if self.each < 1:
             raise UserError(f"the evaluation '{self.name}' draws {self.each} pictures of each caption, which should be "
                             "at least 1")

@@ -19,7 +19,7 @@ GIVEN = ("label", "tokens", "lengths")
 @dataclasses.dataclass(frozen=True)
 class PicturePreview(Evaluation):
     """Draws some pictures, always from the same noise, so that progress shows: for the classes in turn, or for the
-    captions of the first held-out examples."""
+    captions (and the pictures to be edited, filled or enlarged) of the first held-out examples."""
 
     name: str = "preview"
     n: int = 16
@@ -40,6 +40,9 @@ class PicturePreview(Evaluation):
     def _asked(self, setting: Setting) -> tuple[dict[str, np.ndarray], list[str]]:
         """Conditions, and what they are called."""
         data, names = setting.data, [name for name in GIVEN if name in setting.spec]
+        beside = getattr(setting.task, "beside", None)
+        if beside is not None:
+            names += beside.wanted
         if names == ["label"]:
             classes = getattr(data, "classes", ())
             label = np.arange(self.n, dtype=np.int32) % max(len(classes), 1)
@@ -49,6 +52,8 @@ class PicturePreview(Evaluation):
         dataset = whole.held_out(self, data)
         examples = [dataset[i % len(dataset)] for i in range(self.n)]
         batch = {name: np.stack([e[name] for e in examples]) for name in names}
+        if "tokens" not in names:
+            return batch, []
         ends = np.maximum(batch["lengths"] - 1, 0)
         rows = zip(batch["tokens"], ends, strict=True)
         return batch, [data.tokenizer.decode(row[:end].tolist()) for row, end in rows]

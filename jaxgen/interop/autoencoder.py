@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from jaxgen.errors import UserError
 from jaxgen.interop import layers
 from jaxgen.interop.diffusers import DiffusersFormat, conv
 from jaxgen.interop.formats import require
-from jaxgen.interop.names import Expanded, NameMap, Rule
+from jaxgen.interop.names import Expanded, NameMap, Renamed, Rule
 from jaxgen.models.autoencoder import Autoencoder
 
 STATISTICS = "latents/"
@@ -23,24 +23,10 @@ OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """What the attention's projections were called at first."""
 
 
-class Renamed(Mapping[str, np.ndarray]):
-    """Tensors by their present names."""
-
-    def __init__(self, tensors: Mapping[str, np.ndarray]):
-        pattern = rf"(.*\.attentions\.\d+)\.({'|'.join(OLD)})\.(weight|bias)"
-        self._tensors, self._names = tensors, {}
-        for name in tensors:
-            old = re.fullmatch(pattern, name)
-            self._names[f"{old[1]}.{OLD[old[2]]}.{old[3]}" if old else name] = name
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def today(name: str) -> str:
+    """A tensor's present name."""
+    old = re.fullmatch(rf"(.*\.attentions\.\d+)\.({'|'.join(OLD)})\.(weight|bias)", name)
+    return f"{old[1]}.{OLD[old[2]]}.{old[3]}" if old else name
 
 
 class AutoencoderNames(NameMap):
@@ -61,11 +47,11 @@ class AutoencoderLeaves(Expanded):
         self.module = module
 
     def check(self, tensors, where):
-        super().check(Renamed(tensors), where)
+        super().check(Renamed(tensors, today), where)
 
     def read(self, tensors, target, where="the file"):
         plain = {path: leaf for path, leaf in target.items() if not path.startswith(STATISTICS)}
-        found = super().read(Renamed(tensors), plain, where)
+        found = super().read(Renamed(tensors, today), plain, where)
         mean, std = (np.broadcast_to(np.float32(x), (self.module.latent,)) for x in (self.module.mean, self.module.std))
         told = {"mean": mean, "std": std / np.float32(self.module.scale), "count": np.float32(0)}
         for path in target.keys() - plain.keys():

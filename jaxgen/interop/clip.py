@@ -210,8 +210,8 @@ def text_config(text: TextTower, kind: str) -> dict[str, Any]:
             "max_position_embeddings": text.max_length}  # fmt: skip
 
 
-def transformers_text_rules() -> list[Rule]:
-    at, ours = "text_model", "params/text"
+def transformers_text_rules(ours: str = "params/text") -> list[Rule]:
+    at = "text_model"
     return [
         Rule(f"{at}.embeddings.token_embedding.weight", f"{ours}/token_embedding/embedding"),
         Rule(f"{at}.embeddings.position_embedding.weight", f"{ours}/position_embedding/embedding"),

@@ -7,14 +7,12 @@ one. The parts of a pipeline's folder (unet, transformer, vae) are folders of th
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-
 from jaxgen.errors import UserError, nearest
 from jaxgen.interop import layers
 from jaxgen.interop.formats import Format, Pictures, default_width, require
 from jaxgen.interop.names import CONVOLUTION, LINEAR, SKIP, NameMap, Rule
 from jaxgen.interop.vit import PATCHES
-from jaxgen.models.conditions import Conditions
+from jaxgen.models.conditions import example
 from jaxgen.models.dit import DiT
 from jaxgen.models.unet import UNet
 
@@ -40,14 +38,6 @@ class DiffusersFormat(Format):
     def files(self, module, pictures):
         size = {"sample_size": pictures.size} if pictures.size else {}
         return {"config.json": {**self.config(module), **size}}
-
-
-def picture(module: UNet | DiT) -> tuple[jnp.ndarray, jnp.ndarray | None]:
-    """(a picture, the one beside it) for `module.init`."""
-    channels, side = module.channels or module.out, module.multiple
-    shown = module.out if module.out <= channels else module.out // 2   # twice as many with a learned variance
-    beside = jnp.zeros((1, side, side, channels - shown)) if channels > shown else None
-    return jnp.zeros((1, side, side, shown)), beside
 
 
 def conv(theirs: str, ours: str, layout: str = CONVOLUTION) -> list[Rule]:
@@ -181,9 +171,7 @@ class UNetFormat(DiffusersFormat):
         }  # fmt: skip
 
     def inputs(self, module):
-        x, beside = picture(module)
-        told = dict(pooled=jnp.zeros((1, module.pooled)), sizes=jnp.zeros((1, module.sizes)))
-        return x, jnp.zeros(1), Conditions(tokens=jnp.zeros((1, 1, module.text)), **told, image=beside)
+        return example(module)
 
 
 def residual(theirs: str, ours: str) -> list[Rule]:
@@ -299,5 +287,4 @@ class DiTFormat(DiffusersFormat):
         }  # fmt: skip
 
     def inputs(self, module):
-        x, beside = picture(module)
-        return x, jnp.zeros(1), Conditions(image=beside)
+        return example(module)

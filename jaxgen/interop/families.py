@@ -12,12 +12,14 @@ from jaxgen.interop.clip import ClipFormat, OpenClipFormat, Siglip2Format, Sigli
 from jaxgen.interop.diffusers import DiTFormat, UNetFormat
 from jaxgen.interop.formats import Format, Found, opened, read_json
 from jaxgen.interop.resnet import BitFormat, ResNetFormat, TimmResNetFormat
+from jaxgen.interop.text import ClipTextFormat
 from jaxgen.interop.vit import TimmViTFormat, ViTFormat
 from jaxgen.models.autoencoder import Autoencoder
 from jaxgen.models.clip import CLIP
 from jaxgen.models.dit import DiT
 from jaxgen.models.mmdit import MMDiT
 from jaxgen.models.resnet import ResNet
+from jaxgen.models.text import TextTower
 from jaxgen.models.unet import UNet
 from jaxgen.models.vit import ViT
 
@@ -25,7 +27,7 @@ PIPELINE = "model_index.json"
 FORMATS: tuple[Format, ...] = (
     ClipFormat(), SiglipFormat(), Siglip2Format(), OpenClipFormat(), ViTFormat(), TimmViTFormat(), ResNetFormat(),
     BitFormat(), TimmResNetFormat(), UNetFormat(linear=False), UNetFormat(linear=True), DiTFormat(),
-    *mmdit.FORMATS, AutoencoderFormat(),
+    *mmdit.FORMATS, AutoencoderFormat(), ClipTextFormat(),
 )  # fmt: skip
 
 
@@ -37,13 +39,19 @@ def find(path: str | Path, formats: tuple[Format, ...] = FORMATS) -> Found:
 def component(path: str | Path, name: str, formats: tuple[Format, ...] = FORMATS) -> Found:
     """One part of a pipeline of diffusers, such as its "unet": the folder of that name in its folder `path`, whose
     model_index.json lists them. Raises UserError where there is none, or none that is known."""
-    folder = Path(path)
-    if not (folder / PIPELINE).is_file():
-        raise UserError(f"{path} has no {PIPELINE}, which lists the parts of a pipeline")
-    parts = [part for part, told in read_json(folder / PIPELINE).items() if isinstance(told, list) and told[0]]
+    parts = parts_of(path)
     if name not in parts:
         raise UserError(f"the pipeline {path} has no {name}{nearest(name, parts)}; its parts are {', '.join(parts)}")
-    return opened(folder / name, formats)
+    return opened(Path(path) / name, formats)
+
+
+def parts_of(path: str | Path) -> dict[str, str]:
+    """The parts of a pipeline of diffusers, each with the name of its class there."""
+    file = Path(path) / PIPELINE
+    if not file.is_file():
+        raise UserError(f"{path} has no {PIPELINE}, which lists the parts of a pipeline")
+    told = {part: value for part, value in read_json(file).items() if isinstance(value, list) and len(value) == 2}
+    return {part: str(kind) for part, (library, kind) in told.items() if library and kind}
 
 
 def format_for(module: nn.Module, project: str = "huggingface", naflex: bool = False) -> Format:
@@ -53,6 +61,7 @@ def format_for(module: nn.Module, project: str = "huggingface", naflex: bool = F
         (ViT, "huggingface"): ViTFormat(),
         (DiT, "huggingface"): DiTFormat(),
         (Autoencoder, "huggingface"): AutoencoderFormat(),
+        (TextTower, "huggingface"): ClipTextFormat(),
     }
     if isinstance(module, CLIP):
         pair = (Siglip2Format() if naflex else SiglipFormat()) if module.bias else ClipFormat()

@@ -2,16 +2,15 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.errors import UserError
 from jaxgen.interop import layers
-from jaxgen.interop.diffusers import VECTORS, DiffusersFormat, picture
+from jaxgen.interop.diffusers import VECTORS, DiffusersFormat
 from jaxgen.interop.formats import Format, require
 from jaxgen.interop.names import NameMap, Rule
 from jaxgen.interop.vit import PATCHES
-from jaxgen.models.conditions import Conditions
+from jaxgen.models.conditions import example
 from jaxgen.models.mmdit import MMDiT, RopeAxes
 
 TURNED = "(h j t) e -> e h (t j)"   # rotary features: theirs side by side in pairs, ours in two halves
@@ -22,11 +21,7 @@ class MMDiTFormat(DiffusersFormat):
     """What both have in common."""
 
     def inputs(self, module):
-        x, beside = picture(module)
-        return x, jnp.zeros((1,)), Conditions(
-            tokens=jnp.zeros((1, 1, module.text)) if module.text else None,
-            pooled=jnp.zeros((1, module.pooled)) if module.pooled else None, image=beside,
-        )  # fmt: skip
+        return example(module)
 
     def check(self, module):
         """Axes that are said though they are the default, and the scale that is told by default, are no difference."""

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -176,6 +176,22 @@ class Expanded:
             values.append(np.asarray(leaves[path][tuple(map(int, at))]))
         whole = values[0] if places[0][2] is None else np.stack(values)
         return self.parts[places[0][0]].layout.theirs(whole)
+
+
+class Renamed(Mapping[str, np.ndarray]):
+    """Tensors by the names that they have today: `today` makes one of any."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray], today: Callable[[str], str]):
+        self._tensors, self._names = tensors, {today(name): name for name in tensors}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _nearest(names: Sequence[str], choices: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -36,6 +36,23 @@ class Conditions:
     """A picture beside the noisy one: masks and what they leave, a picture to be edited, a smaller one."""
 
 
+def example(network: nn.Module) -> tuple[Float[Array, "1 H W C"], Float[Array, "1"], Conditions]:
+    """(a noisy picture, its label, all that it takes besides) to initialise a network with."""
+    side, out = getattr(network, "multiple", 1), network.out
+    channels = getattr(network, "channels", 0) or out
+    shown = out if out <= channels else out // 2   # twice as many with a learned variance
+
+    def told(name: str, *shape: int) -> Array | None:
+        size = getattr(network, name, 0)
+        return jnp.zeros((*shape, size)) if size else None
+
+    beside = jnp.zeros((1, side, side, channels - shown)) if channels > shown else None
+    conditions = Conditions(
+        tokens=told("text", 1, 1), pooled=told("pooled", 1), sizes=told("sizes", 1), image=beside
+    )
+    return jnp.zeros((1, side, side, shown)), jnp.zeros((1,)), conditions
+
+
 def check_levels(what: str, multiple: int, shape: tuple[int, ...]) -> None:
     """UserError where `what` cannot halve pictures of this shape (H, W, ...) as often as it does."""
     height, width = shape[:2]

@@ -30,6 +30,8 @@ class Sampling:
     steps: int = 20
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 for none, which takes half the time."""
+    image_guidance: float = 1.0
+    """The same of a picture to be edited, beside that of its instruction; 1 for none, which takes two thirds."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which it guides (Kynkaanniemi et al. 2024)."""
     rescale: float = 0.0
@@ -45,8 +47,9 @@ class Sampling:
             raise UserError(f"Sampling takes at least one step, not {self.steps}.")
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(f"Guidance is between two times from 0 to 1, the lower first, not {self.interval}.")
-        if not np.isfinite(self.guidance):
-            raise UserError(f"The guidance scale is {self.guidance}, which should be a number.")
+        for scale in (self.guidance, self.image_guidance):
+            if not np.isfinite(scale):
+                raise UserError(f"The guidance scale is {scale}, which should be a number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,7 @@ def generate(
     guide: Callable[[Denoise, Any], Denoise] | None = None,
     guide_args: Any = None,
     callback: Callable[[int, np.ndarray], None] | None = None,
+    nothing: Any = None,
 ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
     """Pictures of one key each, and the step after which values were first not finite (-1 where all are).
 
@@ -103,32 +107,39 @@ def generate(
         Without `null` there is no classifier-free guidance.
       guide: (denoise, guide_args) -> denoise: further guidance, such as by a classifier or a weaker model.
       callback: called on the host with (step, x) after each step.
+      nothing: what the network is told of neither picture nor text, where `null` still has the picture: then both have
+        a scale.
     """
     size = bucket(sampling.steps)
     levels = sampling.grid.levels(model.path, sampling.steps, size)
     solver, numbers = _parted(sampling.solver)
-    scales = jnp.asarray([sampling.guidance, *sampling.interval, sampling.rescale], jnp.float32)
+    scales = [sampling.guidance, *sampling.interval, sampling.rescale, sampling.image_guidance]
+    scales = jnp.asarray(scales, jnp.float32)
     begin, source = 0, None
     if edit is not None:
         begin = round(sampling.steps * (1 - edit.strength))
         source = edit.start, edit.mask, jnp.int32(edit.repeats if edit.mask is not None else 1)
     return _generate(
         model, solver, shape, sampling.threshold, guide, callback,
-        params, numbers, keys, levels, jnp.int32(sampling.steps), jnp.int32(begin), scales, condition, null, source,
-        guide_args,
+        params, numbers, keys, levels, jnp.int32(sampling.steps), jnp.int32(begin), scales, condition, null, nothing,
+        source, guide_args,
     )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=range(6))
 def _generate(
     model, solver, shape, threshold, guide, callback,
-    params, numbers, keys, levels, steps, begin, scales, condition, null, source, guide_args,
+    params, numbers, keys, levels, steps, begin, scales, condition, null, nothing, source,
+    guide_args,
 ):  # fmt: skip
     solver = dataclasses.replace(solver, **numbers)
     denoise = model.denoiser(params)
     if null is not None:
-        scale, low, high, rescale = scales
-        denoise = guidance.classifier_free(denoise, null, scale, (low, high), rescale)
+        scale, low, high, rescale, image_scale = scales
+        if nothing is None:
+            denoise = guidance.classifier_free(denoise, null, scale, (low, high), rescale)
+        else:
+            denoise = guidance.two_scales(denoise, null, nothing, scale, image_scale, (low, high), rescale)
     if guide is not None:
         denoise = guide(denoise, guide_args)
     if threshold in ("clip", "dynamic"):

@@ -24,6 +24,7 @@ from jaxgen.sampling.diffusion import Edit, Sampling, generate
 from jaxgen.sampling.likelihood import bits_per_dim, log_likelihood
 from jaxgen.tasks import latents, vision
 from jaxgen.tasks.base import Batch, Context, Loss, Params, Player, Task, mean
+from jaxgen.tasks.beside import Beside
 
 VARIANCE_STEPS = 1000  # for which a learned variance is trained, as Nichol & Dhariwal 2021's
 VARIANCE_WEIGHT = 0.001  # of its bound beside the loss (their lambda)
@@ -48,12 +49,16 @@ class Diffusion(Task):
     embedding."""
     autoencoder: Autoencoder | Pretrained | None = None
     """Makes latents of pictures, and pictures of latents; stays as it is."""
+    beside: Beside | None = None
+    """A picture that the network sees beside the noisy one: what a mask leaves, one to be edited, a small one."""
     cached: bool = False
     """The latents of training pictures are computed once and kept; flipped ones too, where data.augment is Flip."""
     drop: float = 0.1
     """Share of examples whose class or caption is left out in training, so that the network can be guided."""
     kept: int = 0
     """Tokens at a caption's beginning that an empty caption has too (1 for CLIP's start of text)."""
+    padding: int | None = None
+    """Token that fills an empty caption after its end; None for the end itself."""
     masked: bool = True
     """The network sees a caption's own tokens alone; False: padding too, as Stable Diffusion does."""
     learned_variance: bool = False
@@ -81,8 +86,12 @@ class Diffusion(Task):
                 width = getattr(self.text, "embed_dim", 0)
                 told = Conditions(tokens=jnp.zeros((1, 2, self.text.width)), pooled=jnp.zeros((1, width)))
             told = told or Conditions()
+            example = self._example()
+            if self.beside is not None:
+                channels = self.beside.channels(example.shape[-1])
+                told = told.replace(image=jnp.zeros((*example.shape[:-1], channels)))
             network = vision.for_init(self.network)
-            params["network"] = network.init(keys[0], self._example(), jnp.zeros((1,)), told)["params"]
+            params["network"] = network.init(keys[0], example, jnp.zeros((1,)), told)["params"]
             state = {}
             if self.autoencoder is not None:
                 side = self.autoencoder.factor
@@ -141,8 +150,7 @@ class Diffusion(Task):
         size = context.size or len(context.index)
         t = self.times.at(uniforms(jax.random.fold_in(context.step_key, 1), context.index, size), self.path)
         noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(keys[:, 0])
-        dropped = jax.vmap(jax.random.uniform)(keys[:, 1]) < (self.drop if context.train else 0.0)
-        condition = self.condition(params, batch, dropped)
+        condition = self.told(params, batch, context, keys[:, 1])
         alpha, sigma = self.path.alpha(t), self.path.sigma(t)
         x = self.path.add(x0, noise, t)
         denoiser = self.model.denoiser(params["network"], context.key if context.train else None)
@@ -160,6 +168,22 @@ class Diffusion(Task):
         total, weight = mean(losses, batch.get("weights"))
         return Loss(total, weight, None, metrics)
 
+    def told(self, params: Params, batch: Batch, context: Context, keys: Array) -> Conditions:
+        """What the network is told of a batch's examples; in training, nothing of those that are dropped by keys
+        (B,)."""
+        share = jax.vmap(jax.random.uniform)(keys)
+        condition = self.condition(params, batch, share < (self.drop if context.train else 0.0))
+        if self.beside is None:
+            return condition
+        own = jax.vmap(lambda key: jax.random.fold_in(key, 3))(context.keys())
+        given = self.beside.given(batch, own, context.train)
+        image = jax.lax.stop_gradient(self.seen_beside(params, context.state, given, own))
+        if context.train and self.beside.drop:
+            first = self.drop - self.beside.both  # of those without text, the last lose the picture too
+            left = (share >= first) & (share < first + self.beside.drop)
+            image = jnp.where(along(left, image), 0, image)
+        return condition.replace(image=image)
+
     def values(
         self, params: Params, state: Any, batch: Batch, keys: Array | None = None
     ) -> Float[Array, "B ..."]:
@@ -170,11 +194,19 @@ class Diffusion(Task):
         if "latents" in batch:
             moments = Gaussian(*jnp.split(batch["latents"].astype(jnp.float32), 2, -1))
             return self._coded(params, state, moments.mean if keys is None else moments.sample(keys), "normalise")
-        pixels = vision.pixels(batch, self.mean, self.std)
+        return self._known(params, state, vision.pixels(batch, self.mean, self.std), keys)
+
+    def _known(self, params: Params, state: Any, pixels: Array, keys: Array | None = None) -> Array:
+        """Pixels from -1 to 1, or their latents."""
         if self.autoencoder is None:
             return pixels
         found = self._coded(params, state, pixels, "encode")
         return self._coded(params, state, found.mean if keys is None else found.sample(keys), "normalise")
+
+    def seen_beside(self, params: Params, state: Any, given: Batch, keys: Array) -> Float[Array, "B H W K"]:
+        """What stands beside the noisy pictures for what is given (`beside.given`); keys (B,) are of its noise."""
+        x = vision.pixels({"image": given[self.beside.picture]}, self.mean, self.std)
+        return self.beside.seen(x, given, keys, lambda x: self._known(params, state, x))
 
     def _coded(self, params: Params, state: Any, x: Array, method: str) -> Any:
         variables = {"params": params["autoencoder"], **(state or {}).get("autoencoder", {})}
@@ -196,7 +228,7 @@ class Diffusion(Task):
         if self.text is not None:
             tokens, lengths = jnp.asarray(batch["tokens"]), jnp.asarray(batch["lengths"])
             if dropped is not None:
-                empty = emptied(tokens, lengths, self.kept)
+                empty = emptied(tokens, lengths, self.kept, self.padding)
                 tokens = jnp.where(dropped[:, None], empty[0], tokens)
                 lengths = jnp.where(dropped, empty[1], lengths)
             variables = {"params": params["text"]}
@@ -223,7 +255,8 @@ class Diffusion(Task):
         """Pictures, of the data's kind, for the conditions of a batch.
 
         Args:
-          batch: `label`, or `tokens` and `lengths`, or neither. An `image` gives the shape alone.
+          batch: `label`, or `tokens` and `lengths`, or neither; and what `beside` wants (`before`, `mask`, `small`),
+            which else is made of `image` as in training. An `image` otherwise gives the shape alone.
           keys: (B,), one a picture.
           unwanted: conditions to be guided away from; by default those of nothing.
           more: for `sampling.diffusion.generate`: guidance of another kind, and a callback.
@@ -231,24 +264,44 @@ class Diffusion(Task):
         Raises:
           UserError: for values that are not finite, with step and time; inside jit they go on instead.
         """
-        shape = sampling.shape or next(batch[name].shape[1:] for name in ("image", "points") if name in batch)
-        condition, null = self.condition(params, batch), None
-        if sampling.guidance != 1.0:
+        condition, null, nothing, given = self.condition(params, batch), None, None, {}
+        if self.beside is not None:
+            own = jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys)
+            given = self.beside.given(batch, own)
+        shape = sampling.shape or (
+            self.beside.shape(given) if given
+            else next(batch[name].shape[1:] for name in ("image", "points") if name in batch)
+        )  # fmt: skip
+        alone = sampling.image_guidance == 1.0
+        if not alone and not (self.beside is not None and self.beside.drop):
+            raise UserError(
+                f"An image guidance of {sampling.image_guidance:g} is for a network that was trained with and without "
+                "a picture beside the noisy one (task.beside.drop), which this one was not."
+            )
+        if sampling.guidance != 1.0 or not alone:
             dropped = jnp.ones(len(keys), bool)
             null = self.condition(params, batch, dropped) if unwanted is None else self.condition(params, unwanted)
+        if self.beside is not None:
+            image = self.seen_beside(params, state, given, own)
+            condition = condition.replace(image=image)
+            if not alone:
+                nothing = null.replace(image=jnp.zeros_like(image))
+            null = null and null.replace(image=image)
         if sampling.threshold == "auto":
             pixels = len(shape) == 3 and self.autoencoder is None
             sampling = dataclasses.replace(sampling, threshold="clip" if pixels else "none")
         found, bad = generate(
-            self.model, params["network"], keys, self._latent(shape), sampling, condition, null, edit, **more
-        )
+            self.model, params["network"], keys, self._latent(shape), sampling, condition, null, edit,
+            nothing=nothing, **more,
+        )  # fmt: skip
         if not isinstance(bad, jax.core.Tracer) and int(bad) >= 0:
             levels = sampling.grid.levels(self.path, sampling.steps, sampling.steps)
             raise UserError(
                 f"The network's values are not finite in step {int(bad)} of {sampling.steps} (time "
                 f"{float(levels.t[int(bad) - 1]):.4f}); its weights are damaged, or what it is told is too large."
             )
-        return self.pictures(params, state, found)
+        drawn = self.pictures(params, state, found)
+        return drawn if self.beside is None else self.beside.finished(drawn, given)
 
     def pictures(self, params: Params, state: Any, x: Float[Array, "B ..."]) -> UInt8[Array, "B H W C"] | Array:
         """Pictures of what the network makes; points as they are."""
@@ -271,7 +324,12 @@ class Diffusion(Task):
         image += jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:]))(keys[:, 0])
         x0 = (image / 256 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
         denoise = self.model.denoiser(params["network"])
-        found = log_likelihood(denoise, self.path, x0, keys[:, 1], self.condition(params, batch), steps, probes)
+        condition = self.condition(params, batch)
+        if self.beside is not None:
+            condition = condition.replace(
+                image=self.seen_beside(params, state, self.beside.given(batch, keys[:, 0]), keys[:, 0])
+            )
+        found = log_likelihood(denoise, self.path, x0, keys[:, 1], condition, steps, probes)
         size = x0[0].size
         return bits_per_dim(found, size, 256, 1 / float(np.exp(np.log(self.std).mean())))
 
@@ -288,6 +346,11 @@ class Diffusion(Task):
             raise UserError("task.cached keeps latents, and there is no task.autoencoder that makes them.")
         shape = next(spec[name].shape[1:] for name in ("image", "points") if name in spec)
         self.check_shape(shape)
+        if self.beside is not None:
+            if "points" in spec or self.cached:
+                have = "the data has points" if "points" in spec else "task.cached keeps latents alone"
+                raise UserError(f"task.beside is made of pictures, and {have}.")
+            self.beside.check(spec, self.drop)
         if getattr(self.network, "classes", 0) and "label" not in spec:
             raise UserError(f"The data has {', '.join(spec)}, and a network with classes needs label.")
         wanted, width = getattr(self.network, "text", 0), getattr(self.text, "width", 0)
@@ -324,6 +387,13 @@ class Diffusion(Task):
                 f"The {what} has {shape[-1]} channels and task.network.out is {self.network.out}; it should be "
                 f"{shape[-1] * self._outs}{twice}."
             )
+        beside = 0 if self.beside is None else self.beside.channels(shape[-1])
+        if getattr(self.network, "channels", 0) not in (0, shape[-1] + beside):
+            what = f"{beside} of task.beside" if beside else "none beside them (there is no task.beside)"
+            raise UserError(
+                f"task.network.channels is {self.network.channels}, and it sees {shape[-1]} channels of the noisy "
+                f"picture and {what}; it should be {shape[-1] + beside}, or 0."
+            )
         if hasattr(self.network, "check"):
             self.network.check(shape)
 
@@ -344,20 +414,24 @@ class Diffusion(Task):
         name = "image" if "image" in spec else "points"
         size, shape = spec[name].shape[0], spec[name].shape[1:]
         length = spec["tokens"].shape[1] if self.text is not None else 0
-        total = 3 * self.network.flops_per_example(self._latent(shape), length)
+        *sides, channels = self._latent(shape)
+        beside = 0 if self.beside is None else self.beside.channels(channels)
+        total = 3 * self.network.flops_per_example((*sides, channels + beside), length)
         if self.autoencoder is not None and not self.cached:
-            total += self.autoencoder.encoder_flops(shape)
+            total += self.autoencoder.encoder_flops(shape) * (1 if self.beside is None else 2)
         if self.text is not None:
             total += (1 if "text" in self.locked else 3) * self.text.flops_per_example((length,))
         return size * total
 
 
 def emptied(
-    tokens: Int[Array, "B L"], lengths: Int[Array, "B"], kept: int = 0
+    tokens: Int[Array, "B L"], lengths: Int[Array, "B"], kept: int = 0, padding: int | None = None
 ) -> tuple[Int[Array, "B L"], Int[Array, "B"]]:
-    """Tokens and lengths of empty captions: each row's first `kept` tokens, its end, and its end for padding."""
+    """Tokens and lengths of empty captions: each row's first `kept` tokens, its end, and padding (None: its end)."""
     end = jnp.take_along_axis(tokens, lengths[:, None] - 1, 1)
-    return jnp.where(jnp.arange(tokens.shape[1]) < kept, tokens, end), jnp.full_like(lengths, kept + 1)
+    places = jnp.arange(tokens.shape[1])
+    after = end if padding is None else jnp.where(places > kept, padding, end)
+    return jnp.where(places < kept, tokens, after), jnp.full_like(lengths, kept + 1)
 
 
 def variational_bound(

@@ -16,7 +16,9 @@ from jaxtyping import Array
 
 from jaxgen.data import cache as caching
 from jaxgen.data.base import Prepared, Progress
-from jaxgen.data.batching import endless, fold
+from jaxgen.data.batching import fold
+from jaxgen.data.buckets import Buckets, Shape
+from jaxgen.data.imagetext import shuffled
 from jaxgen.data.loader import heldout_batches
 from jaxgen.data.source import Source
 from jaxgen.data.transforms import Flip
@@ -38,8 +40,7 @@ class Latents(Prepared):
         self.fingerprint = caching.key(data.fingerprint, directory.name)
 
     def train(self, seed: int):
-        examples = _Examples(self._data.readers("train", fold(seed)), self._directory, self._chance, seed)
-        return endless(examples.train, len(examples), seed)
+        return shuffled(_Examples(self._data.readers("train", fold(seed)), self._directory, self._chance, seed), seed)
 
     def heldout(self):
         return self._data.heldout()
@@ -52,22 +53,65 @@ class _Examples:
     chance: float
     seed: int
 
+    @property
+    def buckets(self) -> Buckets | None:
+        return self.reader.buckets
+
     @functools.cached_property
     def _places(self) -> np.ndarray:
+        """Of the pictures that could be read: in order, or by shape where there are several."""
         return np.load(self.directory / "places.npy")
 
     @functools.cached_property
-    def _latents(self) -> np.ndarray:
-        return np.load(self.directory / "latents.npy", mmap_mode="r")
+    def _kinds(self) -> np.ndarray:
+        return self.buckets.kinds[self._places]
+
+    @functools.cached_property
+    def _files(self) -> dict[int | None, tuple[int, np.ndarray]]:
+        """By the number of the shape, the first of its examples and the latents of all."""
+        if self.buckets is None:
+            return {None: (0, self._read(None))}
+        kinds, first = np.unique(self._kinds, return_index=True)
+        table = self.buckets.table
+        return {k: (i, self._read(table[k])) for k, i in zip(kinds.tolist(), first.tolist(), strict=True)}
+
+    def _read(self, shape: Shape | None) -> np.ndarray:
+        return np.load(self.directory / _file(shape), mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def train(self, index: int) -> dict[str, np.ndarray]:
+    def kinds(self, batch: int) -> np.ndarray:
+        """The shapes that the latents were made for, in batches of any size."""
+        return self._kinds
+
+    def train(self, index: int, kind: int | None = None, among: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Example `index`, which counts on through the epochs; a function of it and the seed alone."""
         row, rng = index % len(self), np.random.default_rng([self.seed, index])
         view = int(rng.random() < self.chance)
-        return {"latents": np.array(self._latents[view, row])} | self.reader.about(int(self._places[row]), rng)
+        if kind is None and self.buckets is not None:
+            kind = int(self._kinds[row])
+        first, latents = self._files[kind]
+        return {"latents": np.array(latents[view, row - first])} | self.reader.about(int(self._places[row]), rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfShape:
+    """Pictures of some places, as a `Reader` gives them in a shape."""
+
+    reader: Any
+    places: np.ndarray
+    shape: Shape | None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.reader.plain(int(self.places[index]), self.shape)
+
+
+def _file(shape: Shape | None) -> str:
+    return "latents.npy" if shape is None else f"latents-{shape[0]}x{shape[1]}.npy"
 
 
 def stored(
@@ -75,7 +119,7 @@ def stored(
 ) -> Latents:
     """The data with the latents of its training pictures, from the cache or computed here.
 
-    Pictures are taken as they are; where the data flips them in training, both ways.
+    Pictures are taken as they are, in the shapes that the data trains on; where it flips them in training, both ways.
 
     Args:
       encode: (variables, uint8 pictures (B, H, W, C)) -> latents' moments (B, h, w, 2 L). Pure.
@@ -93,8 +137,9 @@ def stored(
             f"{', '.join(type(step).__name__ for step in reader.augment)}."
         )
     chance = reader.augment[0].chance if reader.augment else 0.0
-    key = caching.key(VERSION, data.fingerprint, _digest(variables), chance > 0)
-    make = functools.partial(_write, Source(reader), encode, variables, 1 + (chance > 0), progress)
+    shapes = [] if reader.buckets is None else [hashlib.sha256(reader.buckets.kinds.tobytes()).hexdigest()]
+    key = caching.key(VERSION, data.fingerprint, _digest(variables), chance > 0, *shapes)
+    make = functools.partial(_write, reader, encode, variables, 1 + (chance > 0), progress)
     return Latents(data, caching.build(caching.root() / "latents" / key, make), chance)
 
 
@@ -112,7 +157,7 @@ def _digest(variables: Any) -> str:
 
 
 def _write(
-    pictures: Source, encode: Callable, variables: Any, views: int, progress: Progress | None, directory: Path
+    reader: Any, encode: Callable, variables: Any, views: int, progress: Progress | None, directory: Path
 ) -> None:
     """All pictures that can be read, by this process's own devices: others may wait for the files, or write their
     own."""
@@ -128,17 +173,29 @@ def _write(
         return jnp.stack(found).astype(jnp.float16)
 
     variables = jax.device_put(variables, sharding.replicated)
-    latents, places, done = None, [], 0
-    for batch in heldout_batches(pictures, rows, size):
-        real = np.asarray(batch["weights"]) > 0
-        found = np.asarray(encoded(variables, batch["image"]))
-        if latents is None:
-            shape = (views, len(pictures), *found.shape[2:])
-            latents = np.lib.format.open_memmap(directory / "latents.npy", "w+", np.float16, shape)
-        latents[:, len(places) : len(places) + real.sum()] = found[:, real]
-        places += list(itertools.compress(range(done, done + size), real))
-        done += size
-        if progress is not None:
-            progress("latents", min(done, len(pictures)), len(pictures))
-    latents.flush()
-    np.save(directory / "places.npy", np.asarray(places, np.int64))
+    every, done = [], 0
+    for shape, wanted in _by_shape(reader):
+        latents, places, at = None, [], 0
+        for batch in heldout_batches(Source(_OfShape(reader, wanted, shape)), rows, size):
+            real = np.asarray(batch["weights"]) > 0
+            found = np.asarray(encoded(variables, batch["image"]))
+            if latents is None:
+                sizes = (views, len(wanted), *found.shape[2:])
+                latents = np.lib.format.open_memmap(directory / _file(shape), "w+", np.float16, sizes)
+            latents[:, len(places) : len(places) + real.sum()] = found[:, real]
+            places += list(itertools.compress(wanted[at : at + size], real))
+            at += size
+            if progress is not None:
+                progress("latents", done + min(at, len(wanted)), len(reader))
+        latents.flush()
+        every += places
+        done += len(wanted)
+    np.save(directory / "places.npy", np.asarray(every, np.int64))
+
+
+def _by_shape(reader: Any) -> list[tuple[Shape | None, np.ndarray]]:
+    """The places of the pictures of each shape; None stands for the one that all have."""
+    if reader.buckets is None:
+        return [(None, np.arange(len(reader)))]
+    kinds = reader.buckets.kinds
+    return [(reader.buckets.table[k], np.flatnonzero(kinds == k)) for k in np.unique(kinds)]

@@ -59,7 +59,7 @@ def program_of(experiment: Experiment, devices: Any = None) -> Program:
     """The compiled program of an experiment on its mesh: of the given devices, all there are, or (a number) of so many
     that need not exist, for tracing alone."""
     mesh = experiment.mesh.abstract(devices) if isinstance(devices, int) else experiment.mesh.build(devices)
-    return Program(
+    program = Program(
         experiment.task,
         experiment.optimizer,
         Sharding(mesh, experiment.rules),
@@ -68,6 +68,9 @@ def program_of(experiment: Experiment, devices: Any = None) -> Program:
         experiment.microbatches,
         experiment.ema,
     )
+    for spec in experiment.data.specs(experiment.batch_size)[1:]:
+        experiment.task.check(spec)  # as the program did of the first
+    return program
 
 
 def train(
@@ -123,7 +126,7 @@ def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Sourc
         experiment.task.check_training(program.spec)
     console = metering.Console(experiment.steps, experiment.task.units(program.spec)[0], lead)
     program.shapes  # noqa: B018  what does not fit is found before any data is read
-    data = experiment.data.prepare(progress=console.prepare)
+    data = experiment.data.prepare(progress=console.prepare).batched(experiment.batch_size)
     experiment.task.check_data(data)
     setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed, console.skipped)
     measuring = {s.pretrained: s.directory for s in pretrained if s.path.startswith("evaluations.")}

@@ -11,6 +11,7 @@ from quick import jit
 from jaxgen import record
 from jaxgen.cli.main import main
 from jaxgen.data.digits import Digits
+from jaxgen.data.imagetext import LabelledImages
 from jaxgen.data.scenes import Scenes
 from jaxgen.evaluation.pictures import PicturePreview
 from jaxgen.experiment import Experiment
@@ -19,6 +20,7 @@ from jaxgen.models.text import TextTower
 from jaxgen.sampling.diffusion import Sampling
 from jaxgen.sampling.solvers import Ddim
 from jaxgen.sharding import unbox
+from jaxgen.tasks.beside import Before, Masked, Smaller
 from jaxgen.tasks.diffusion import Diffusion
 from jaxgen.training.checkpoint import Checkpoints
 from jaxgen.training.optimizers import AdamW
@@ -32,12 +34,17 @@ PROMPT = "two red squares above a blue ring"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs that nobody has trained: one of classes, one of texts."""
+    """Runs that nobody has trained: of classes, of texts, of pictures beside, and of several shapes."""
     path = tmp_path_factory.mktemp("draw")
     text = TextTower(vocab_size=128, width=16, depth=1, heads=2, max_length=16, out=16)
     for name, task, data in [
         ("digits", Diffusion(NET), Digits(heldout=16)),
         ("scenes", Diffusion(NET.clone(out=3, patch=8, classes=0, text=16), text=text), Scenes(heldout=16)),
+        ("holes", Diffusion(NET.clone(patch=4), beside=Masked()), Digits(heldout=16)),
+        ("edits", Diffusion(NET.clone(out=3, patch=8, classes=0, text=16), text=text, beside=Before()),
+         Scenes(heldout=16, edits=True)),
+        ("larger", Diffusion(NET.clone(classes=0), beside=Smaller(7)), Digits(heldout=16)),
+        ("shapes", Diffusion(NET.clone(out=3, patch=4, classes=0)), LabelledImages(size=16, aspect=2.0, aspect_step=4)),
     ]:
         preview = PicturePreview(sampling=OWN)
         experiment = Experiment(name, task, data, AdamW(1e-3), batch_size=8, steps=1, evaluations=(preview,))
@@ -55,6 +62,7 @@ def folder(tmp_path_factory):
     mask[:, 32:] = 255
     Image.fromarray(mask).save(path / "mask.png")
     Image.fromarray(mask[:32]).save(path / "small.png")
+    Image.fromarray(mask[:5, 30:34]).save(path / "tiny.png")
     return path
 
 
@@ -93,6 +101,12 @@ def test_how_pictures_are_drawn(capsys):
     assert Image.open(frames).size[0] > 5 * 28  # five steps
 
 
+def test_shapes(capsys):
+    for aspect, shape in [("3:2", (12, 20)), ("100:160", (20, 12)), ("10:9", (16, 16))]:  # width to height
+        told, pictures = drawn(capsys, "shapes", "--n", "2", "--steps", "2", "--aspect", aspect, "--frames")
+        assert pictures[0].shape == (*shape, 3) and told["shape"] == [*shape, 3]
+
+
 def test_texts(capsys):
     _, pictures = drawn(capsys, "scenes", "--prompt", PROMPT, "--n", "2", "--guidance", "4")
     assert pictures[0].shape == (32, 32, 3)
@@ -120,9 +134,48 @@ def test_editing(capsys):
     assert (other != same).any() and told["strength"] == 0.7
 
 
+def test_holes_and_larger_canvases(capsys):
+    """What is known stays, whichever way the rest is made; a run that fills holes draws without any, too."""
+    given = ["--n", "1", "--image", "in.png"]
+    for run in (["holes", "--class", "1"], ["scenes", "--prompt", PROMPT]):
+        told, (found,) = drawn(capsys, *run, *given, "--extend", "0,8,16,0")
+        side = 28 if run[0] == "holes" else 32
+        assert found.shape[:2] == (side + 8, side + 16) and told["extend"] == "0,8,16,0"
+        assert np.abs(found[8:, :side] - 200).max() <= 1 and np.abs(found[:8] - 200).max() > 5
+    _, (half,) = drawn(capsys, "holes", "--class", "1", *given, "--mask", "mask.png")
+    assert np.abs(half[:, :14] - 200).max() <= 1 and np.abs(half[:, 14:] - 200).max() > 5
+    assert len(drawn(capsys, "holes", "--class", "1", "--n", "2")[1]) == 2
+
+
+def test_edits_by_instruction(capsys):
+    given = ["edits", "--prompt", "make the red ring blue", "--n", "1", "--image", "in.png"]
+    told, (plain,) = drawn(capsys, *given)
+    assert told["image"] == "in.png" and told["image_guidance"] == 1.0
+    _, (guided,) = drawn(capsys, *given, "--image-guidance", "3")
+    _, (part,) = drawn(capsys, *given, "--mask", "mask.png")
+    assert (guided != plain).any() and np.abs(part[:, :16] - 200).max() <= 1
+
+
+def test_small_pictures_are_enlarged(capsys):
+    told, (found,) = drawn(capsys, "larger", "--n", "1", "--image", "tiny.png")
+    assert found.shape == (35, 28) and told["shape"] == [35, 28, 1]
+    _, (other,) = drawn(capsys, "larger", "--n", "1", "--image", "tiny.png", "--image-noise", "0.4")
+    assert (other != found).any()
+    assert drawn(capsys, "larger", "--n", "1", "--image", "in.png", "--size", "28x28")[1][0].shape == (28, 28)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["edits", "--prompt", PROMPT], "runs/edits edits pictures: give one with --image FILE"),
+        (["larger"], "runs/larger enlarges pictures: give one with --image FILE"),
+        (["larger", "--image", "tiny.png", "--mask", "mask.png"], "--mask is of no use here: runs/larger enlarges"),
+        (["larger", "--image", "tiny.png", "--image-noise", "0.7"], "is 0.7, and runs/larger has learned up to 0.5"),
+        (["holes", "--image", "in.png", "--image-noise", "0.1"], "runs/holes does not enlarge pictures"),
+        (["holes", "--extend", "1,1,1,1"], "--extend needs a picture to begin with: --image FILE"),
+        (["holes", "--image", "in.png", "--extend", "8"], "--extend is '8', which should be like 0,0,32,0"),
+        (["holes", "--image", "in.png", "--extend", "1,0,0,0"], "28 x 29 is not made of whole patches of 4"),
+        (["holes", "--image-guidance", "2"], "--image-guidance is of no use here: runs/holes edits no pictures"),
         (["digits", "--class", "12"], "there is no class '12'; they are 0 to 9"),
         (["digits", "--prompt", "a ring"], "knows no texts: --prompt and --negative are of no use"),
         (["digits", "--temperature", "1"], "--temperature is of no use here: runs/digits makes pictures"),
@@ -131,6 +184,10 @@ def test_editing(capsys):
         (["digits", "--grid", "spiral"], "--grid is 'spiral'; there are exponential, karras, shifted, uniform"),
         (["digits", "--size", "30x30"], "A picture of 30 x 30 is not made of whole patches of 7."),
         (["digits", "--size", "big"], "--size is 'big', which should be like 64x96"),
+        (["digits", "--aspect", "3:2"],
+         "--aspect is of no use here: runs/digits has learned pictures of one shape, 28 x 28 (data.aspect is 1)"),
+        (["shapes", "--aspect", "3:2", "--size", "16x16"], "both --size 16x16 and --aspect 3:2 say what is drawn"),
+        (["larger", "--image", "tiny.png", "--aspect", "3:2"], "--aspect is of no use here: runs/larger"),
         (["digits", "--strength", "0.5"], "--strength needs a picture to begin with: --image FILE"),
         (["digits", "--image", "none.png"], "none.png cannot be read: No such file or directory"),
         (["scenes"], "makes pictures of texts: say what they show with --prompt"),

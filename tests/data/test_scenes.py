@@ -206,6 +206,31 @@ def test_example_is_a_function_of_seed_and_index():
     assert not same(unseen.heldout()[0], Scenes().prepare().heldout()[0])
 
 
+@pytest.mark.parametrize("level", scenes.LEVELS)
+def test_pairs_with_instructions(level):
+    """The scene that is there without edits, as it is after one, and the instruction; the same for each reading."""
+    data = Scenes(level=level, size=SIZES[level], heldout=5, edits=True)
+    plain = Scenes(level=level, size=SIZES[level], heldout=5).prepare()
+    prepared, again = data.prepare(), pickle.loads(pickle.dumps(data.prepare()))
+    spec = data.spec(3)
+    for dataset, own, more in (
+        (prepared.train(3), plain.train(3), set()), (prepared.heldout(), plain.heldout(), {"weights"})
+    ):  # fmt: skip
+        for i in range(5):
+            example = dataset[i]
+            assert set(example) == set(spec) | more == {"before", "image", "tokens", "lengths"} | more
+            assert all((3, *example[name].shape) == s.shape and example[name].dtype == s.dtype
+                       for name, s in spec.items())
+            np.testing.assert_array_equal(example["before"], own[i]["image"])
+            assert (example["before"] != example["image"]).any()
+    assert same(prepared.train(3)[10**12], again.train(3)[10**12])
+    after, instruction = prepared.edit(3, 4)
+    example = prepared.train(3)[4]
+    np.testing.assert_array_equal(example["image"], render(after, SIZES[level]))
+    assert prepared.tokenizer.decode(example["tokens"][: example["lengths"] - 1]) == instruction
+    assert prepared.fingerprint != plain.fingerprint
+
+
 def test_the_same_scenes_for_ever():
     """A change of what a seed gives must be meant, and counted in VERSION."""
     assert [caption(s) for s in drawn(1, 2)] == GOLDEN[1]

@@ -262,6 +262,22 @@ def test_classifier_free():
     np.testing.assert_allclose(same.std(1), a.std(1))
 
 
+def test_two_scales():
+    """none + 3 (picture - none) + 5 (wanted - picture); with one for the picture as guided by the text alone."""
+    x, t = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]), jnp.asarray([0.2, 0.8])
+    wanted, picture, none = jnp.asarray([2.0, 3.0]), jnp.asarray([0.5, 0.7]), jnp.zeros(2)
+    a, b, c = (conditioned(x, t, told) for told in (wanted, picture, none))
+    found = guidance.two_scales(conditioned, picture, none, 5.0, 3.0)(x, t, wanted)
+    np.testing.assert_allclose(found, c + 3 * (b - c) + 5 * (a - b))
+    np.testing.assert_allclose(guidance.two_scales(conditioned, picture, none, 1.0, 1.0)(x, t, wanted), a)
+    one = guidance.two_scales(conditioned, picture, none, 5.0, 1.0)(x, t, wanted)
+    np.testing.assert_allclose(one, guidance.classifier_free(conditioned, picture, 5.0)(x, t, wanted))
+    within = guidance.two_scales(conditioned, picture, none, 5.0, 3.0, (0.5, 1.0))(x, t, wanted)
+    np.testing.assert_allclose(within, jnp.stack([a[0], found[1]]))
+    same = guidance.two_scales(conditioned, picture, none, 5.0, 3.0, rescale=1.0)(x, t, wanted)
+    np.testing.assert_allclose(same.std(1), a.std(1))
+
+
 def test_autoguidance():
     x, t = jnp.ones((2, 3)), jnp.ones(2)
     found = guidance.autoguidance(lambda x, t, c: 3 * x, lambda x, t, c: 2 * x, 2.5)(x, t, None)

@@ -1,11 +1,19 @@
 """Weights that are drawn rather than stored: the same here and where the golden files were made."""
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+
+GOLDEN = Path(__file__).parent / "golden"
+LENGTH = 16   # tokens of a text
+PROMPTS = ("a photo of a cat", "two red cubes")
+LABELS = ("crane", "cat", "a ball", "crane", "cube")
+STEPS, GUIDANCE = 5, 3.0
+"""What the golden pipelines draw, and how."""
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -35,4 +43,24 @@ def model_folder(folder: Path, at: Path) -> Path:
     for name, (shape, dtype) in json.loads((folder / "drawn.json").read_text()).items():
         tensors[name] = draw(name, tuple(shape)) if "float" in dtype else np.zeros(shape, np.int64)
     save_file(tensors, at / "model.safetensors", metadata={"format": "pt"})
+    return at
+
+
+def pipeline_folder(name: str, at: Path) -> Path:
+    """The golden pipeline `name` (sd1, sd2, dit) as a folder `at`, whole, as it would be downloaded."""
+    shutil.copytree(GOLDEN / f"pipeline_{name}", at, ignore=shutil.ignore_patterns("io.npz"))
+    copy = shutil.ignore_patterns("io.npz")
+    shutil.copytree(GOLDEN / "autoencoder", at / "vae", ignore=copy)
+    if name == "dit":
+        shutil.copytree(GOLDEN / "diffusers_dit", at / "transformer", ignore=copy)
+        return at
+    for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        shapes = json.loads((at / part / "drawn.json").read_text())
+        tensors = {key: draw(key, tuple(shape)) for key, (shape, _) in shapes.items()}
+        save_file(tensors, at / part / f"{file}.safetensors", metadata={"format": "pt"})
+        (at / part / "drawn.json").unlink()
+    model = json.loads((GOLDEN / "tokenizer_clip" / "tokenizer.json").read_text())["model"]
+    (at / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"]))
+    pairs = [" ".join(pair) for pair in model["merges"]]
+    (at / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]))
     return at
