@@ -9,15 +9,21 @@ MEANS = np.array([[-0.8, 0.3], [0.7, 0.6], [0.2, -0.9]])
 SPREADS = np.array([0.15, 0.25, 0.4])
 
 
+def constants():
+    """New arrays: JAX keeps the format in which it first met one, also from float32 to float64."""
+    return np.array(WEIGHTS), np.array(MEANS), np.array(SPREADS)
+
+
 def denoiser(path):
     """(x (B, 2), t (B,), condition) -> E[x0 | x_t = x]."""
 
     def denoise(x, t, condition=None):
+        weights, means, spreads = constants()
         alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
-        variance = alpha**2 * SPREADS**2 + sigma**2
-        away = x[:, None] - alpha[..., None] * MEANS
-        log = jnp.log(WEIGHTS) - jnp.sum(away**2, -1) / (2 * variance) - jnp.log(variance)
-        each = MEANS + (alpha * SPREADS**2 / variance)[..., None] * away
+        variance = alpha**2 * spreads**2 + sigma**2
+        away = x[:, None] - alpha[..., None] * means
+        log = jnp.log(weights) - jnp.sum(away**2, -1) / (2 * variance) - jnp.log(variance)
+        each = means + (alpha * spreads**2 / variance)[..., None] * away
         return jnp.sum(jax.nn.softmax(log, -1)[..., None] * each, 1)
 
     return denoise
@@ -25,9 +31,10 @@ def denoiser(path):
 
 def log_density(x, alpha=1.0, sigma=0.0):
     """log p of x_t (B, 2), in nats."""
-    variance = alpha**2 * SPREADS**2 + sigma**2
-    away = x[:, None] - alpha * MEANS
-    log = np.log(WEIGHTS) - jnp.sum(away**2, -1) / (2 * variance) - jnp.log(2 * np.pi * variance)
+    weights, means, spreads = constants()
+    variance = alpha**2 * spreads**2 + sigma**2
+    away = x[:, None] - alpha * means
+    log = np.log(weights) - jnp.sum(away**2, -1) / (2 * variance) - jnp.log(2 * np.pi * variance)
     return jax.nn.logsumexp(log, -1)
 
 

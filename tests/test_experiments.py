@@ -28,7 +28,11 @@ FILES = sorted((ROOT / "experiments").glob("*/*.py"))
 LIBTPU = subprocess.run([sys.executable, "-c", "import libtpu"], capture_output=True).returncode == 0
 
 
-HEAVY = {f"diffusion/{name}" for name in ("autoencoder", "edm_cifar10", "emoji", "flowers", "sd15")}
+DIFFUSION = (
+    "autoencoder", "dit_xl2_imagenet", "edm_cifar10", "emoji", "flowers", "latent_emoji", "scenes_edit",
+    "scenes_inpaint", "scenes_upscale", "sd15",
+)  # fmt: skip
+HEAVY = {f"diffusion/{name}" for name in DIFFUSION} | {"clip/siglip_so400m"}
 """Take half a minute each to compile; they wait for `-m experiments`."""
 
 

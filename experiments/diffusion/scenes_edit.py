@@ -5,7 +5,11 @@
 
 The network sees the picture before the edit beside the noisy one, and reads the instruction; training leaves out the
 one, the other and both, so that each has a guidance scale of its own. Every fact of the edited pictures is read back:
-`exact` is the share that shows all of the edited scene and nothing else, of which a copy of the picture has none.
+`exact` is the share that shows all of the edited scene and nothing else, of which a copy of the picture has none;
+`nearer` is that of pictures with more of its facts than of those before.
+
+Seen of the small form, of scenes with one object, after 240 steps: 0.53 nearer and 0.05 exact (colours 0.13). Not run
+in full yet.
 """
 
 import dataclasses

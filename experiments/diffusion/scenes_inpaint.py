@@ -6,6 +6,9 @@
 
 The caption tells what the hole shows. One in ten pictures is hidden wholly in training, so that the same network draws
 without any, too. Measured is the PSNR of the pixels in the holes of held-out pictures.
+
+Seen of the small form after 240 steps: 16.3 dB, where holes filled with the mean of the rest have 17.5 (an object in
+the wrong place costs twice). Not run in full yet.
 """
 
 import dataclasses
@@ -73,5 +76,5 @@ smoke = dataclasses.replace(
         Restored(n=64, sampling=dataclasses.replace(SAMPLING, steps=8)),
         PicturePreview(n=8, sampling=dataclasses.replace(SAMPLING, steps=8)),
     ),
-    target=Target("eval/restored/psnr", at_least=14.0),
+    target=Target("eval/restored/psnr", at_least=14.5),
 )

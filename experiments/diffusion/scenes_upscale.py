@@ -6,6 +6,8 @@
 
 The network sees the enlarged small picture beside the noisy one, in training with noise of a strength that it is told.
 Measured are PSNR and SSIM of held-out pictures beside those of bicubic interpolation.
+
+Seen of the small form after 240 steps: 22.0 dB, still below the 25.5 of interpolation. Not run in full yet.
 """
 
 import dataclasses

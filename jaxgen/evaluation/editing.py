@@ -111,8 +111,9 @@ class Restored(Drawing):
     """How near pictures come to the held-out ones of which the task's `beside` was made: holes filled (`Masked`), small
     pictures enlarged (`Smaller`).
 
-    Metrics are `psnr` in dB, the mean over the pictures, of a hole its pixels alone; and of enlarged pictures also
-    `ssim`, and as `bicubic_psnr` and `bicubic_ssim` the same of interpolation alone.
+    Metrics of enlarged pictures are `psnr` in dB and `ssim`, means over the pictures, and as `bicubic_psnr` and
+    `bicubic_ssim` the same of interpolation alone. Of holes `psnr` is that of all hidden pixels together (one that is
+    exact would decide a mean over the pictures), and `plain_psnr` that of holes filled with the mean of what is known.
     """
 
     name: str = "restored"
@@ -131,8 +132,10 @@ class Restored(Drawing):
             found = {"weights": batch["weights"], "pictures": pictures[:shown]}
             if "mask" in batch:
                 mask = jnp.broadcast_to(batch["mask"], image.shape)
-                error = jnp.sum(mask * (drawn - image) ** 2, (1, 2, 3)) / jnp.maximum(jnp.sum(mask, (1, 2, 3)), 1)
-                found |= {"psnr": 10 * jnp.log10(255.0**2 / jnp.maximum(error, 1e-5))}
+                known = jnp.sum((1 - mask) * image, (1, 2)) / jnp.maximum(jnp.sum(1 - mask, (1, 2)), 1)
+                for name, made in (("psnr", drawn), ("plain_psnr", known[:, None, None])):
+                    found[name] = jnp.sum(mask * (made - image) ** 2, (1, 2, 3))  # a sum until all are there
+                found["hidden"] = jnp.sum(mask, (1, 2, 3))
                 return found | {"given": jnp.where(mask > 0.5, 127.0, image)[:shown].astype(jnp.uint8)}
             plain = jnp.clip(jnp.round(enlarged(batch["small"], beside.factor)), 0, 255)
             found |= {"psnr": psnr(drawn, image), "bicubic_psnr": psnr(plain, image), "ssim": ssim(drawn, image)}
@@ -152,6 +155,8 @@ class Restored(Drawing):
                 for name, values in part.items():
                     found.setdefault(name, []).append(values[real])
             metrics = {name: float(np.mean(np.concatenate(values))) for name, values in found.items()}
+            if (hidden := metrics.pop("hidden", None)) is not None:
+                metrics = {k: float(10 * np.log10(255.0**2 * hidden / max(v, 1e-9))) for k, v in metrics.items()}
             lines = [f"{name:<16}{value:>10.4f}" for name, value in metrics.items()]
             text = "\n".join([*lines, f"{self.n} held-out pictures"]) + "\n"
             return Report(metrics, {self.name: text}, {self.name: sheet(pairs, 2 * PAIRS)} if pairs else {})

@@ -30,8 +30,6 @@ class Sampling:
     steps: int = 20
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 for none, which takes half the time."""
-    image_guidance: float = 1.0
-    """The same of a picture to be edited, beside that of its instruction; 1 for none, which takes two thirds."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which it guides (Kynkaanniemi et al. 2024)."""
     rescale: float = 0.0
@@ -41,6 +39,8 @@ class Sampling:
     it ("dynamic", Saharia et al. 2022), or nothing. "auto" cuts those of pixels, and leaves latents."""
     shape: tuple[int, ...] = ()
     """(H, W, C) of the pictures; by default those of the batch's own."""
+    image_guidance: float = 1.0
+    """The scale of a picture to be edited, beside that of its instruction; 1 for none, which takes two thirds."""
 
     def __post_init__(self):
         if self.steps < 1:

@@ -184,7 +184,11 @@ MIXED = (("data", 2), ("fsdp", 2), ("tensor", 2))
 
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "text"),
-    [((("data", 8),), 2, False), (MIXED, 2, False), (MIXED, 1, True)],
+    [
+        pytest.param((("data", 8),), 2, False, marks=pytest.mark.experiments),
+        (MIXED, 2, False),
+        pytest.param(MIXED, 1, True, marks=pytest.mark.experiments),
+    ],
     ids=["data", "classes", "text"],
 )
 def test_same_step(mesh, microbatches, text):
