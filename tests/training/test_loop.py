@@ -252,6 +252,9 @@ class Unreadable:
     def __getattr__(self, name):
         return getattr(self._data, name)
 
+    def batched(self, batch_size):
+        return Unreadable(self._data.batched(batch_size))
+
     def train(self, seed):
         def read(example):
             if example["tokens"].sum() % 3 == 0:
