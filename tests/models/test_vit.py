@@ -95,9 +95,10 @@ def test_pictures_of_any_shape(form):
 
 def test_padding_has_no_gradient():
     model, patches = FORMS["siglip"], naflex(MIXED, 20)
+    params = params_of(model)
 
     def total(values):
-        return model.apply({"params": params_of(model)}, values, *patches[1:], method="patches").sum()
+        return model.apply({"params": params}, values, *patches[1:], method="patches").sum()
 
     gradient = np.abs(np.asarray(jit(jax.grad(total))(patches.values))).max(-1)
     np.testing.assert_array_equal(gradient > 0, np.asarray(patches.mask))
