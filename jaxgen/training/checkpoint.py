@@ -424,7 +424,14 @@ def _read(folder: epath.Path, target: Any, part: str, cast: bool) -> Any:
 
 def _orbax() -> ocp.AsyncCheckpointer:
     logging.getLogger("absl").addFilter(_told_by_wait)
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=_TIMEOUT)
+    # Replicas share the writing of large arrays alone: cutting the small ones compiles a program for each shape.
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)
+    known = (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
+    types = ocp.type_handlers.create_type_handler_registry(*known)
+    handler, items = ocp.PyTreeCheckpointHandler(type_handler_registry=types), ocp.DefaultCheckpointHandlerRegistry()
+    items.add(None, ocp.args.PyTreeSave, handler)
+    items.add(None, ocp.args.PyTreeRestore, handler)
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=items), timeout_secs=_TIMEOUT)
 
 
 def _told_by_wait(record: logging.LogRecord) -> bool:
