@@ -25,6 +25,7 @@ from jaxgen.training.loop import program_of
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*/*.py"))
+PLAIN = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # as a person's processes have it
 LIBTPU = subprocess.run([sys.executable, "-c", "import libtpu"], capture_output=True).returncode == 0
 
 
@@ -122,7 +123,7 @@ def test_smoke_form_reaches_its_metric(file, tmp_path):
     """On one device, by the command that a person gives."""
     train = [sys.executable, "-m", "jaxgen.cli.main", "train"]
     command = [*train, str(file), "--smoke", "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=PLAIN | {"JAX_NUM_CPU_DEVICES": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     found = metrics.last(tmp_path / "run")
     assert load(file).smoke.target.reached(found), found
@@ -152,7 +153,7 @@ else:
 @pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")
 def test_full_form_compiles_for_its_topology(file):
     """Compiled ahead of time, which fails where it does not fit the memory; a program once compiled is not again."""
-    environment = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment = PLAIN | {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
     def run(what: str) -> str:
         command = [sys.executable, "-c", COMPILE, str(file), what]

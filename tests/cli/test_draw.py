@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax import jit
 from PIL import Image
-from quick import jit
 
 from jaxgen import record
 from jaxgen.cli.main import main

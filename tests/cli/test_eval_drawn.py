@@ -5,7 +5,7 @@ import textwrap
 
 import jax
 import pytest
-from quick import jit
+from jax import jit
 
 from jaxgen import record
 from jaxgen.cli.main import main

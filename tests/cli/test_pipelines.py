@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop.drawn import GOLDEN, GUIDANCE, LENGTH, PROMPTS, STEPS, pipeline_folder
+from jax import jit
 from PIL import Image
-from quick import jit
 
 from jaxgen.cli import pipelines
 from jaxgen.cli.main import main

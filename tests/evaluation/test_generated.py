@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluation.toys import Pairs, image, number, setting, table
-from quick import jit
+from jax import jit
 from scipy.special import softmax
 
 from jaxgen.data.scenes import Scenes, caption

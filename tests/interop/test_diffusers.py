@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
+from jax import jit
 
 from jaxgen.errors import UserError
 from jaxgen.interop.diffusers import DiTFormat, UNetFormat

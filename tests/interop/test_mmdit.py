@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from quick import jit
+from jax import jit
 
 from jaxgen.errors import UserError
 from jaxgen.interop.formats import opened, written

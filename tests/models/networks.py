@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
+from jax import jit
 from towers import close, float64, random_of, shapes_of
 
 from jaxgen.errors import UserError

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vision_reference as reference
-from quick import jit
+from jax import jit
 from safetensors.numpy import save_file
 from towers import close, float64, random_of, shapes_of, size_of
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from networks import Flat, agrees, counts_its_operations, forward, normal, params_of, refuses, squares
-from quick import jit
 from towers import close, on_mesh, random_of, size_of
 
 from jaxgen.models import edm2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from quick import jit
+from jax import jit
 
 from jaxgen.errors import UserError
 from jaxgen.models.gpt import GPT

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop.drawn import draw
-from quick import jit
+from jax import jit
 from safetensors.numpy import save_file
 from towers import on_mesh, random_of, size_of
 

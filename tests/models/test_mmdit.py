@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from network_reference import waves
 from networks import LABEL, Flat, agrees, counts_its_operations, expected_of, forward, normal, params_of, refuses
-from quick import jit
 from reference import gelu, silu
 from towers import close, on_mesh, random_of
 from vision_reference import cut

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vision_reference as reference
-from quick import jit
+from jax import jit
 from towers import close, float64, on_mesh, random_of, shapes_of, size_of
 
 from jaxgen.errors import UserError

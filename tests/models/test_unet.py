@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import network_reference as reference
 import numpy as np
 import pytest
+from jax import jit
 from networks import (
     LABEL,
     Flat,
@@ -21,7 +22,6 @@ from networks import (
     refuses,
     squares,
 )
-from quick import jit
 from towers import close, on_mesh, random_of
 
 from jaxgen.errors import UserError

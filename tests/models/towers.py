@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from quick import jit
+from jax import jit
 
 from jaxgen.sharding import RULES, Mesh, Sharding, names_of, unbox
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
+from jax import jit
 
 from jaxgen.nn.contrastive import sigmoid_loss, softmax_loss
 from jaxgen.sharding import RULES, Mesh, Sharding

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
+from jax import jit
 
 from jaxgen.nn.losses import cross_entropy, vocabulary_loss
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import mixture
 import numpy as np
 import pytest
-from quick import jit
+from jax import jit
 
 from jaxgen.diffusion.denoiser import Denoiser
 from jaxgen.diffusion.paths import Cosine, Flow, Linear, Path, Table, VarianceExploding, along

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from quick import jit
+from jax import jit
 
 from jaxgen.errors import UserError
 from jaxgen.models.clip import CLIP

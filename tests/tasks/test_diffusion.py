@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
+from jax import jit
 
 from jaxgen.diffusion.paths import Cosine, Flow, Linear, Table
 from jaxgen.diffusion.predictions import X0, Epsilon, V, Velocity

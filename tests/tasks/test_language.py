@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
+from jax import jit
 
 from jaxgen.errors import UserError
 from jaxgen.models.gpt import GPT

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import jit
 from PIL import Image
-from quick import jit
 
 from jaxgen.data.imagetext import LabelledImages
 from jaxgen.data.scenes import Scenes
