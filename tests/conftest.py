@@ -7,8 +7,12 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Compiling takes half the time; what is trained at length, in processes of its own, does without.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Compiling takes a fifth of the time; what is trained at length, in processes of its own, does without.
+os.environ.setdefault("XLA_FLAGS", " ".join((
+    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)))  # fmt: skip
+
 
 from jaxgen.runtime import cache_dir, machine  # noqa: E402
 
@@ -25,7 +29,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         name = item.path.stem
         if name == "test_experiments" and "file" in item.fixturenames:
-            name = item.callspec.id
+            name = str(item.callspec.params["file"])
         item.add_marker(pytest.mark.xdist_group(name))
 
 

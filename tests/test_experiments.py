@@ -29,20 +29,7 @@ PLAIN = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS
 LIBTPU = subprocess.run([sys.executable, "-c", "import libtpu"], capture_output=True).returncode == 0
 
 
-DIFFUSION = (
-    "autoencoder", "dit_xl2_imagenet", "edm_cifar10", "emoji", "flowers", "latent_emoji", "scenes_edit",
-    "scenes_inpaint", "scenes_upscale", "sd15",
-)  # fmt: skip
-HEAVY = {f"diffusion/{name}" for name in DIFFUSION} | {"clip/siglip_so400m"}
-"""Take half a minute each to compile; they wait for `-m experiments`."""
-
-
-def of(path):
-    name = f"{path.parent.name}/{path.stem}"
-    return pytest.param(path, id=name, marks=[pytest.mark.experiments] * (name in HEAVY))
-
-
-@pytest.fixture(params=map(of, FILES))
+@pytest.fixture(params=[pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in FILES])
 def file(request):
     return request.param
 
@@ -109,11 +96,14 @@ def test_traces_on_its_topology(file):
     assert program.batch_shardings
 
 
-def test_two_steps_of_the_smoke_form(file, tmp_path):
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.experiments)])
+def test_two_steps_of_the_smoke_form(file, devices, tmp_path, monkeypatch):
     smoke, _ = resolve(load(file).smoke, weights=False)  # a network of another file is trained at length
-    data = math.gcd(smoke.batch_size // smoke.microbatches, jax.device_count())
-    mesh = Mesh(data=data, tensor=jax.device_count() // data)
+    data = math.gcd(smoke.batch_size // smoke.microbatches, devices)
+    mesh = Mesh(data=data, tensor=devices // data)
     smoke = dataclasses.replace(smoke, steps=2, evaluations=(), mesh=mesh)
+    few = jax.devices()[:devices]
+    monkeypatch.setattr(jax, "devices", lambda: few)
     result = train(smoke, run_dir=tmp_path / "run")
     assert result.step == 2
 
