@@ -25,8 +25,6 @@ from jaxgen.tasks.diffusion import Diffusion
 from jaxgen.training.checkpoint import Checkpoints
 from jaxgen.training.optimizers import AdamW
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 NET = DiT(out=1, patch=7, width=16, depth=1, heads=2, classes=10, periods=16)
 OWN = Sampling(Ddim(), steps=3, guidance=2.0)
 PROMPT = "two red squares above a blue ring"

@@ -20,8 +20,6 @@ from jaxgen.training.checkpoint import Checkpointing, Checkpoints
 from jaxgen.training.ema import Ema, PowerEma, combination
 from jaxgen.training.optimizers import AdamW
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory) -> Experiment:

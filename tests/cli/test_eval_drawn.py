@@ -17,8 +17,6 @@ from jaxgen.tasks.classification import Classification
 from jaxgen.training.checkpoint import Checkpoints
 from jaxgen.training.optimizers import AdamW
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 FILE = textwrap.dedent("""
     import dataclasses
     import jax.numpy as jnp

@@ -33,8 +33,6 @@ from jaxgen.sampling.diffusion import Sampling
 from jaxgen.sampling.grids import Karras, UniformGrid
 from jaxgen.tasks.diffusion import Diffusion
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 heavy = pytest.mark.experiments  # many programs to compile
 NAMES = [pytest.param("sd1", marks=heavy), pytest.param("sd2", marks=heavy), "dit"]
 

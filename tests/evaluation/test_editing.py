@@ -14,8 +14,6 @@ from jaxgen.evaluation.generated import FactsRight
 from jaxgen.tasks.base import Task
 from jaxgen.tasks.beside import Before, Beside, Masked, Smaller, enlarged
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 EDITS = Scenes(heldout=4, edits=True).prepare()
 SCENES = Scenes(heldout=4).prepare()
 

@@ -26,8 +26,6 @@ from jaxgen.sharding import Mesh, unbox
 from jaxgen.tasks.base import Task
 from jaxgen.tasks.classification import Classification
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 COUNT, CLASSES, N = 40, 4, 50
 LABELS = np.random.default_rng(0).integers(0, CLASSES, COUNT)
 ROWS = table(1, 300)

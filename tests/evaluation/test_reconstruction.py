@@ -16,8 +16,6 @@ from jaxgen.evaluation.reconstruction import Reconstruction, psnr, ssim
 from jaxgen.sharding import RULES, Mesh, Sharding
 from jaxgen.tasks.base import Task
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 N, SIDE = 11, 16
 
 

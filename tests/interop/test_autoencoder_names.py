@@ -18,8 +18,6 @@ from jaxgen.interop.safetensors import Lazy, Tensors, write
 from jaxgen.models.autoencoder import Autoencoder
 from jaxgen.sharding import RULES, Mesh, Sharding
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["autoencoder", "autoencoder_shifted", "autoencoder_channels"]
 FORMATS = (AutoencoderFormat(),)

@@ -24,8 +24,6 @@ from jaxgen.sharding import unbox
 
 from .drawn import model_folder
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["diffusers_sd1", "diffusers_sd2_inpainting", "diffusers_sdxl", "diffusers_dit"]
 RELEASED = json.loads((GOLDEN / "diffusers_names.json").read_text())

@@ -18,8 +18,6 @@ from jaxgen.models.conditions import Conditions
 from jaxgen.models.mmdit import MMDiT, RopeAxes, waves
 from jaxgen.sharding import RULES, Mesh, Sharding, unbox
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ["sd3", "sd35", "flux"]
 SIZES = dict(out=4, width=16, heads=2, text=12, pooled=10)

@@ -20,8 +20,6 @@ from jaxgen.models.tiles import tiled, tiled_decode, tiled_encode
 from jaxgen.models.vit import ViT
 from jaxgen.sharding import RULES, Mesh, Sharding, names_of, unbox
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 SMALL = Autoencoder(width=8, multipliers=(1, 2), blocks=1, groups=4, latent=2)
 FORMS = {
     "quant": SMALL,

@@ -15,8 +15,6 @@ from jaxgen.models import edm2
 from jaxgen.models.conditions import Conditions
 from jaxgen.models.edm2 import EDM2
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 TINY = EDM2(
     out=3, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head_dim=8, classes=4, label_scale=0.5, dropout=0.5
 )  # fmt: skip

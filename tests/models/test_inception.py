@@ -18,8 +18,6 @@ from jaxgen.interop.names import flat
 from jaxgen.models.inception import InceptionV3, MixedB, prepared, resized
 from jaxgen.sharding import RULES, Mesh, Sharding
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 GOLDEN = Path(__file__).parents[1] / "interop" / "golden" / "inception" / "io.npz"
 
 

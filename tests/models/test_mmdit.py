@@ -18,8 +18,6 @@ from jaxgen.models.conditions import Conditions
 from jaxgen.models.mmdit import MMDiT, Single
 from jaxgen.nn.rope import RopeAxes
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 BASE = MMDiT(out=3, width=16, depth=2, heads=2, text=6, pooled=6, table=8, base=4)
 FORMS = {
     "SD 3": BASE,

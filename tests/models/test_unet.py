@@ -28,8 +28,6 @@ from jaxgen.errors import UserError
 from jaxgen.models.conditions import Conditions
 from jaxgen.models.unet import UNet
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 BASE = UNet(out=2, width=8, multipliers=(1, 2), blocks=1, attention=(1,), head_dim=8, groups=4)
 X = normal(0, 2, 8, 4, 2)
 TEXT = Conditions(

@@ -22,8 +22,6 @@ from jaxgen.training.optimizers import SGD
 from jaxgen.training.schedules import Constant
 from jaxgen.training.step import Program
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 B, SIDE, D = 8, 8, 8 * 8 * 3
 MODEL = Autoencoder(width=8, multipliers=(1,), blocks=1, groups=4, latent=2, attention=False)
 TOWER = ViT(patch=4, width=8, depth=2, heads=2, image_size=8, pool="mean", kernel="xla")

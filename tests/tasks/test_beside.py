@@ -26,8 +26,6 @@ from jaxgen.training.optimizers import SGD
 from jaxgen.training.schedules import Constant
 from jaxgen.training.step import Program
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 B = 16
 NET = DiT(out=1, patch=4, width=16, depth=1, heads=2, classes=3, periods=16, kernel="xla")
 KEYS = jax.random.split(jax.random.key(1), B)

@@ -27,8 +27,6 @@ from jaxgen.training.metrics import Logging
 from jaxgen.training.optimizers import SGD
 from jaxgen.training.schedules import Constant
 
-pytestmark = pytest.mark.experiments  # many programs to compile
-
 TABLE = ((12, 20), (16, 16), (20, 12))
 COUNTS = (18, 18, 3)  # of the last fewer than a batch
 
