@@ -1,5 +1,6 @@
 """Tests run on eight simulated CPU devices, with the jaxtyping shapes of signatures checked as they are called."""
 
+import gc
 import os
 
 import pytest
@@ -12,7 +13,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join((
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
 )))  # fmt: skip
-
+gc.set_threshold(100_000, 50)  # tracing makes much, and little of it is garbage
 
 from jaxgen.runtime import cache_dir, machine  # noqa: E402
 
