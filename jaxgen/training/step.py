@@ -179,8 +179,9 @@ class Program:
 
     def init(self, seed: int) -> TrainState:
         """A new state, made in its layout: no device ever holds more than its share."""
+        # It runs once, and LLVM would take ten seconds to make it fast.
         on_cpu = self.sharding.mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 0} if on_cpu else None  # it runs once, and would take long to compile
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
         create = jax.jit(self._create, out_shardings=self.shardings, compiler_options=options)
         return create(jax.random.key_data(jax.random.key(seed)))
 
