@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxgen import runtime
@@ -69,6 +70,16 @@ def test_flag_is_not_set_for_unknown_versions(environment, monkeypatch):
     monkeypatch.setattr(runtime, "_jax_version", lambda: (0, 99))
     runtime.prepare()
     assert "XLA_FLAGS" not in environment
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_steps_run_on_the_main_thread_of_a_cpu(environment, monkeypatch, gpu):
+    monkeypatch.setattr(runtime, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    runtime.start()
+    assert settings == ({} if gpu else {"jax_cpu_enable_async_dispatch": False})
 
 
 def test_simulated_devices(environment):

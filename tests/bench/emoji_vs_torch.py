@@ -33,6 +33,7 @@ def jaxgen_side(experiment, seed: int):
     from jaxgen import runtime
 
     runtime.prepare()
+    runtime.start()
     import jax
 
     from jaxgen.training.loop import program_of

@@ -18,6 +18,7 @@ from pathlib import Path
 from jaxgen import runtime
 
 runtime.prepare()
+runtime.start()
 
 import jax  # noqa: E402
 

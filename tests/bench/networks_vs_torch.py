@@ -58,6 +58,7 @@ def ours_step(case, arrays, scan=True):
     from jaxgen import runtime
 
     runtime.prepare()
+    runtime.start()
     import jax
     import jax.numpy as jnp
     import optax

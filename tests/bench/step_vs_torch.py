@@ -76,6 +76,7 @@ def jaxgen_step(size, tokens, scan: bool):
     from jaxgen import runtime
 
     runtime.prepare()
+    runtime.start()
     import jax
 
     from jaxgen.models.gpt import GPT
