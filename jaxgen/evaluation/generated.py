@@ -423,8 +423,8 @@ class FactsRight(Drawing):
                 prefix = "" if split == "recombined" else f"{split}/"
                 metrics |= {prefix + kind: share for kind, share in shares[split].items()}
             lines = [f"{'':<12}" + "".join(f"{name:>12}" for name in (*HELD_OUT, "chance"))]
-            by_chance = chance(data.data.level)
-            by_chance |= {"mean": sum(by_chance[k] * count for k, count in counts.items()) / sum(counts.values())}
+            by_chance = dict(chance(data.data.level))  # which is kept for all who ask
+            by_chance["mean"] = sum(by_chance[k] * count for k, count in counts.items()) / sum(counts.values())
             for kind in shares["recombined"]:
                 values = [*(shares[split].get(kind, math.nan) for split in HELD_OUT), by_chance[kind]]
                 lines.append(f"{kind:<12}" + "".join(f"{value:>12.4f}" for value in values))
