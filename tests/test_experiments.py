@@ -29,7 +29,7 @@ PLAIN = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS
 LIBTPU = subprocess.run([sys.executable, "-c", "import libtpu"], capture_output=True).returncode == 0
 
 
-@pytest.fixture(params=[pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in FILES])
+@pytest.fixture(params=FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def file(request):
     return request.param
 
