@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 
 import pytest
 
@@ -24,14 +25,18 @@ from jaxtyping import install_import_hook  # noqa: E402
 _hook = install_import_hook(["jaxgen.nn", "jaxgen.models", "jaxgen.sampling"], "beartype.beartype")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """A file's tests go to one worker, which compiles what they share once; those of an experiment file likewise."""
-    for item in items:
-        name = item.path.stem
-        if name == "test_experiments" and "file" in item.fixturenames:
-            name = str(item.callspec.params["file"])
-        item.add_marker(pytest.mark.xdist_group(name))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, test = nodeid.partition("::")
+            experiment = re.search(r"\[(\w+/\w+)", test)
+            return f"{path}:{experiment[1]}" if experiment and path.endswith("test_experiments.py") else path
+
+    return Files(config, log)
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ smoke = dataclasses.replace(
     task=dataclasses.replace(
         experiment.task,
         network=experiment.task.network.clone(
-            width=16, multipliers=(1, 2), readers=(1, 1), blocks=1, heads=2, groups=8, text=64
+            width=16, multipliers=(1, 2), readers=(0, 1), blocks=1, heads=2, groups=8, text=64
         ),
         text=CLIP_L14.clone(vocab_size=128, width=64, depth=1, heads=2, out=64, max_length=24),
         autoencoder=Pretrained("experiments/diffusion/autoencoder.py"),
