@@ -73,7 +73,12 @@ class Program:
     def _boxed(self) -> tuple[Any, Any]:
         """(params, state) of the task as shapes, in the boxes that bear their logical names."""
         with self.sharding.use():
-            return jax.eval_shape(self.task.init, jax.random.key(0))
+            return self._initial.eval_shape(jax.random.key(0))
+
+    @functools.cached_property
+    def _initial(self):
+        """The task's `init`, traced once: for its names and in `_create`."""
+        return jax.jit(self.task.init)
 
     @functools.cached_property
     def params_shapes(self) -> dict[str, Any]:
@@ -88,7 +93,7 @@ class Program:
     @functools.cached_property
     def shapes(self) -> TrainState:
         """The state as shapes that carry their shardings: the target of a restore."""
-        plain = jax.eval_shape(self._create, jax.random.key_data(jax.random.key(0)))
+        plain = self._created.eval_shape(jax.random.key_data(jax.random.key(0)))
         return jax.tree.map(lambda s, l: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=l), plain, self._layout(plain))
 
     @functools.cached_property
@@ -164,7 +169,7 @@ class Program:
         with self.sharding.use():
             # one key for the parameters, the other for the steps
             init_key, step_key = jax.random.split(jax.random.wrap_key_data(key_data))
-            params, state = self.task.init(init_key)
+            params, state = self._initial(init_key)
             trainable, frozen = self._split(unbox(params))
             return TrainState(
                 step=jnp.zeros((), jnp.int32),
@@ -177,12 +182,17 @@ class Program:
                 skipped=jnp.zeros((2,), jnp.int32),
             )
 
+    @functools.cached_property
+    def _created(self):
+        """`_create`, traced once: for its shapes, from which the layout follows, and to run."""
+        return jax.jit(self._create)
+
     def init(self, seed: int) -> TrainState:
         """A new state, made in its layout: no device ever holds more than its share."""
         # It runs once, and LLVM would take ten seconds to make it fast.
         on_cpu = self.sharding.mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        create = jax.jit(self._create, out_shardings=self.shardings, compiler_options=options)
+        create = jax.jit(self._created, out_shardings=self.shardings, compiler_options=options)
         return create(jax.random.key_data(jax.random.key(seed)))
 
     # ---- the step ----
