@@ -92,6 +92,8 @@ class Experiment:
         for field in ("batch_size", "steps", "microbatches", "max_skipped"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field} is {getattr(self, field)}, which should be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"the seed is {self.seed}, which should be from 0 to 2^63 - 1")
         if self.batch_size % self.microbatches:
             raise UserError(f"batch_size {self.batch_size} does not split into {self.microbatches} microbatches")
         names = [e.name for e in self.evaluations if isinstance(e, Evaluation)]
@@ -103,7 +105,8 @@ class Experiment:
 def load(path: str | Path) -> ModuleType:
     """Executes an experiment file: a module with `experiment`, and `smoke` where it has one.
 
-    Raises UserError for a file that is missing or defines no experiment; what the file itself raises is not caught.
+    Raises UserError for a file that is missing or is no Python, or defines no
+    experiment; what the file itself raises is not caught.
     """
     module = files.load(path)
     for name in ("experiment", "smoke"):
@@ -153,7 +156,7 @@ def resolve(
     that is missing. Raises UserError for a missing source or part.
     """
     trust, asked = tuple(trust), dict(find(experiment))
-    own = record.stored(run_dir) if run_dir and (Path(run_dir) / record.FILE).is_file() else None
+    own = record.stored(run_dir) if run_dir and record.begun(run_dir) else None
     if own and (changed := record.differences(own.pretrained, {k: record.to_record(v) for k, v in asked.items()})):
         raise UserError(
             f"{run_dir} holds a run whose weights come from elsewhere: {'; '.join(map(str, changed))}: "
@@ -193,6 +196,8 @@ def train(
     A directory that already holds this run is resumed; `resume` demands one. Raises UserError where the directory
     holds another run.
     """
+    if "://" in str(run_dir or ""):
+        raise UserError(f"the run directory is {run_dir}, which should be a folder: mount the bucket, and name that")
     directory = Path(run_dir or Path("runs") / experiment.name)
     if resume and not (directory / record.FILE).is_file():
         record.stored(directory)   # raises, and says what is there instead

@@ -91,7 +91,8 @@ def existing(path: str | Path) -> Path:
 def load(path: str | Path) -> ModuleType:
     """The module of the Python file at `path`, executed once (again when the file has changed).
 
-    The file's folder is importable, so that it may import its neighbours. What the file itself raises is not caught.
+    The file's folder is importable, so that it may import its neighbours. What the file itself raises is not caught,
+    but for its syntax errors.
     """
     file = existing(path)
     package = _package_name(file)
@@ -112,6 +113,11 @@ def load(path: str | Path) -> ModuleType:
     sys.modules[name] = module   # before it runs: dataclasses look up their module
     try:
         spec.loader.exec_module(module)
+    except SyntaxError as error:
+        del sys.modules[name]
+        if not _same(error.filename, file):
+            raise
+        raise UserError(f"{path} cannot be read as Python: line {error.lineno}: {error.msg}") from None
     except BaseException:
         del sys.modules[name]
         raise

@@ -43,6 +43,9 @@ def override(tree: T, args: Sequence[str]) -> T:
         leaf = known.get(_plain(name))
         if leaf is not None and _is_flag(leaf) and len(values) == 1 and values[0].lower() in ("true", "false"):
             values[:] = [values[0].lower()]
+    given = [_positive(name, known) for name, _ in options]
+    if twice := next((name for i, name in enumerate(given) if name in given[:i]), None):
+        raise UserError(f"{_flag(twice)} is given twice")
     flat = [_spell(name, values, known) for name, values in options]
     try:
         return _tyro(tree, [word for option in flat for word in option])
@@ -53,7 +56,7 @@ def override(tree: T, args: Sequence[str]) -> T:
             _tyro(tree, option)
         except SystemExit:
             raise UserError(_wrong(known[_positive(name, known)], values)) from None
-    raise UserError(f"the overrides {' '.join(args)} cannot be read together: is a field given twice?")
+    raise UserError(f"the overrides {' '.join(args)} cannot be read together")
 
 
 def document(tree: Any, prog: str) -> None:

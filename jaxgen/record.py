@@ -357,6 +357,18 @@ def stored(directory: str | Path) -> Stored:
     return Stored(content["experiment"], pretrained)
 
 
+def begun(directory: str | Path) -> bool:
+    """Whether a run directory holds a step to go on from. What stands in one that does not is begun anew.
+
+    Raises UserError for steps of which no record says what they are.
+    """
+    directory = Path(directory)
+    steps = any(path.name.isdecimal() for path in (directory / "checkpoints").glob("*"))
+    if steps and not (directory / FILE).is_file():
+        raise UserError(f"{directory} has checkpoints, and no {FILE} that says of what: give another --run-dir")
+    return steps
+
+
 def _no_run(directory: Path) -> str:
     if not directory.is_dir():
         siblings = [p.parent.name for p in directory.parent.glob(f"*/{FILE}")] if directory.parent.is_dir() else []

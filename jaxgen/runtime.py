@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import platform
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def prepare(devices: int | None = None) -> None:
         _cpu_flags()
         _keep_memory()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / machine()))
+    if "jax" in sys.modules:   # which has read the variable already
+        import jax
+
+        if jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     _quiet()
@@ -66,6 +72,8 @@ def start() -> None:
             jax.distributed.initialize()
         except ValueError:   # one host on its own, with nobody to ask about others
             pass
+    if has_gpu() and "JAX_PLATFORMS" not in os.environ and jax.default_backend() == "cpu":
+        print("this JAX cannot use the GPU of this machine: pip install 'jaxgen[cuda]' for NVIDIA's", file=sys.stderr)
 
 
 def _number(name: str) -> int | None:

@@ -580,6 +580,9 @@ def test_resolve_goes_on_when_the_source_is_gone(tmp_path):
     resolved, sources = resolve(e)
     record.store(tmp_path / "run", resolved, {s.path: s.pretrained for s in sources})
     (base / "experiment.json").unlink()
+    with pytest.raises(UserError, match=r"task\.model is to come from .*base"):
+        resolve(e, run_dir=tmp_path / "run")  # which has no step yet
+    (tmp_path / "run" / "checkpoints" / "00000004").mkdir(parents=True)
     assert resolve(e, run_dir=tmp_path / "run")[0] == resolved
     with pytest.raises(UserError, match=r"task\.model is to come from .*base"):
         resolve(e)

@@ -42,7 +42,7 @@ smoke = dataclasses.replace(
     experiment,
     name="shakespeare_char-smoke",
     task=LanguageModel(GPT(vocab_size=128, depth=4, width=128, heads=4, max_length=64, bias=False)),
-    data=dataclasses.replace(experiment.data, path="", length=64, heldout_by="name", heldout=0.02),
+    data=dataclasses.replace(experiment.data, path="", length=64),
     batch_size=12,
     steps=2000,
     evaluations=(HeldOut(batch_size=96), TextPreview(tokens=48)),

@@ -22,6 +22,11 @@ VERBS = {
     "export": ("exporting", "write a run's weights as another project reads them"),
     "tokenizer": ("tokenizer", "train a tokenizer"),
 }
+FULL = errno.ENOSPC, errno.EDQUOT
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP
+)
+"""What a path can be that a person should mend."""
 DONE, MISTAKE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 0, 2, 75, 130, 141
 
 
@@ -43,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (*FULL, *UNUSABLE):
             raise
-        print(f"jaxgen: {error.strerror}{error.filename and f' for {error.filename}' or ''}; what was saved before is "
-              "whole, and the same command goes on once there is space", file=sys.stderr)
+        what = f"{error.strerror}{error.filename and f': {error.filename}' or ''}"
+        done = "; what was saved before is whole, and the same command goes on once there is space"
+        print(f"jaxgen: {what}{done * (error.errno in FULL)}", file=sys.stderr)
         return MISTAKE
 
 

@@ -65,7 +65,8 @@ def open_run(arguments: argparse.Namespace, verb: str, overrides: Sequence[str] 
     from jaxgen.training.opening import weights_of
 
     experiment = experiment_of(directory, stored, arguments.trust, overrides)
-    experiment, program = _program(_own_tokenizer(experiment, directory))
+    meshed = any(word.startswith("--mesh.") for word in overrides)
+    experiment, program = _program(_own_tokenizer(experiment, directory), meshed)
     found = weights_of(directory, experiment, program, arguments.weights, arguments.step)
     return Opened(directory, experiment, program, found.step, found.params, found.state)
 
@@ -80,8 +81,9 @@ def _allowed(overrides: Sequence[str]) -> None:
             )
 
 
-def _program(experiment: Any) -> tuple[Any, Any]:
-    """The experiment as it fits these devices, and its program. Says where it had to be changed to fit."""
+def _program(experiment: Any, meshed: bool) -> tuple[Any, Any]:
+    """The experiment as it fits these devices, and its program. Says where it had to be changed to fit, unless its mesh
+    was asked for."""
     import jax
 
     from jaxgen.sharding import Mesh
@@ -90,6 +92,8 @@ def _program(experiment: Any) -> tuple[Any, Any]:
     try:
         experiment.mesh.sizes(jax.device_count())
     except UserError:
+        if meshed:
+            raise
         print(f"the run's mesh does not fit {jax.device_count()} device(s): its data axis takes all", file=sys.stderr)
         experiment = dataclasses.replace(experiment, mesh=Mesh())
     sizes = experiment.mesh.sizes(jax.device_count())

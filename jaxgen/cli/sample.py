@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,6 +106,7 @@ def continue_texts(arguments: argparse.Namespace, opened: Any) -> int:
         texts = continue_texts(
             opened.experiment.task.model, opened.params["model"], load(opened.directory / "tokenizer"), prompts,
             chosen["max_new_tokens"], Sampling(chosen["temperature"], chosen["top_p"]), arguments.seed,
+            told=lambda text: print(text, file=sys.stderr),
         )  # fmt: skip
     if arguments.json:
         samples = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]

@@ -101,10 +101,12 @@ def describe(experiment: Any, devices: int = 0) -> dict[str, Any]:
     from jaxgen.training.loop import program_of
 
     count = devices or jax.device_count()
-    program = program_of(experiment, count)
+    program = program_of(experiment, count, "tpu" if devices and devices == chips(experiment.topology) else "")
     spec = program.spec
     shapes, _ = program.shapes, program.batch_shardings   # which raises where the batch does not fit the mesh
     rows = _rows(program)
+    with program.sharding.use():
+        notes = experiment.task.notes(spec)
     flops, (unit, units) = experiment.task.flops(spec), experiment.task.units(spec)
     parts = {}
     for row in rows:
@@ -122,7 +124,7 @@ def describe(experiment: Any, devices: int = 0) -> dict[str, Any]:
             name: sum(_bytes(leaf) for leaf in jax.tree.leaves(getattr(shapes, name)))
             for name in ("params", "frozen", "state", "optimizer", "ema")
         },
-        "notes": experiment.task.notes(spec),
+        "notes": notes,
         "sharding": rows,
     }
 

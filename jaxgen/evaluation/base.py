@@ -1,6 +1,7 @@
 """What a run is measured by: objects that the loop holds and calls at their intervals."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from jaxgen.errors import UserError
 from jaxgen.sharding import Sharding
 from jaxgen.tasks.base import Task
 
@@ -50,6 +52,13 @@ class Evaluation:
     """Steps between two evaluations; 0 for the end of the run alone."""
     name: str = "evaluation"
     """Metrics are named eval/NAME/..."""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[\w.+-]+", self.name):
+            raise UserError(f"An evaluation's name is {self.name!r}, which should be usable as a file's name.")
+        for field in ("every", "batch_size"):
+            if getattr(self, field, 0) < 0:
+                raise UserError(f"{field} of the evaluation {self.name} is less than 0.")
 
     def build(self, setting: Setting) -> Measure:
         """Compile what is needed, once a run."""

@@ -74,6 +74,15 @@ class GPT(nn.Module):
         """Raises UserError for sizes that do not fit together."""
         if min(self.depth, self.width, self.heads, self.vocab_size, self.max_length) < 1:
             raise UserError("depth, width, heads, vocab_size and max_length of a GPT are at least 1.")
+        for name in ("kv_heads", "head_dim", "mlp_width", "attention_cap", "logit_cap"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} of a GPT is {getattr(self, name)}, which should be at least 0.")
+        if self.windows and min(self.windows) < 0:
+            raise UserError(f"The windows of a GPT are {self.windows}, and none should be less than 0.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"The dropout of a GPT is {self.dropout}, which should be at least 0 and less than 1.")
+        if not self.norm_epsilon >= 0 or not self.rope.factor > 0:
+            raise UserError("norm_epsilon of a GPT is at least 0, and the factor of its rope is more than 0.")
         if not self.head_dim and self.width % self.heads:
             raise UserError(f"The width {self.width} is not a multiple of the {self.heads} heads.")
         if self.kv_heads and self.heads % self.kv_heads:

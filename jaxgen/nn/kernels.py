@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgen import sharding
 from jaxgen.errors import UserError
-from jaxgen.nn.dtypes import platform
+from jaxgen.nn.dtypes import device, platform
 
 if TYPE_CHECKING:
     from jaxgen.nn.attention import Mask
@@ -62,6 +62,8 @@ def _obstacle(kernel: str, query, key, mask: Mask, cap: float) -> str:
     if kernel == "cudnn":
         if platform() not in ("gpu", "cuda"):
             return f"it is for NVIDIA GPUs, and this is {platform()}"
+        if not _is_ampere():
+            return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
         if query.dtype not in (jnp.bfloat16, jnp.float16):
             return f"it computes in bfloat16 or float16, not {query.dtype}"
         if cap:
@@ -84,6 +86,12 @@ def _obstacle(kernel: str, query, key, mask: Mask, cap: float) -> str:
         if head_dim % 64:
             return f"it takes head sizes in steps of 64, not {head_dim}"
     return ""
+
+
+def _is_ampere() -> bool:
+    """Whether the GPU is NVIDIA's, of that generation or a newer one; AMD's names of its own hold no such number."""
+    number = str(getattr(device(), "compute_capability", "")).partition(".")[0]
+    return number.isdecimal() and int(number) >= 8
 
 
 def _xla(query, key, value, mask: Mask, cap: float):

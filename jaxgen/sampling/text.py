@@ -22,6 +22,13 @@ class Sampling:
     top_p: float = 0.95
     """Draw from the smallest set of tokens with this much probability (Holtzman et al. 2020); 1 for all."""
 
+    def __post_init__(self):
+        if not (0 <= self.temperature < float("inf") and 0 < self.top_p <= 1):
+            raise UserError(
+                f"The temperature is {self.temperature} and top_p {self.top_p}: they should be at least 0, and above 0 "
+                "and at most 1."
+            )
+
     def arrays(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         return jnp.float32(self.temperature), jnp.float32(self.top_p)
 

@@ -46,8 +46,13 @@ class Sharding:
     mesh: jax.sharding.Mesh | AbstractMesh
     rules: Rules
 
+    platform: str = ""
+    """What an abstract mesh stands for ("tpu"); "" for the platform at hand."""
+
     def __post_init__(self):
         for name, axes in self.rules.items():
+            if len(set(axes)) < len(axes):
+                raise UserError(f"The rule for '{name}' names a mesh axis twice: {' '.join(axes)}.")
             for axis in axes:
                 if axis not in self.mesh.shape:
                     raise UserError(

@@ -64,6 +64,8 @@ class Mesh:
         """The mesh on the given devices (default: all of every process), near ones adjacent on the inner axes."""
         devices = jax.devices() if devices is None else list(devices)
         sizes = tuple(self.sizes(len(devices)).values())
+        if devices[0].platform == "tpu" and (there := len({d.slice_index for d in devices})) != self.slices:
+            raise UserError(f"mesh.slices = {self.slices}, and the devices are of {there} slice{'s' * (there > 1)}.")
         if self.slices > 1:
             inner = (sizes[0] // self.slices, *sizes[1:])
             if hasattr(devices[0], "slice_index"):

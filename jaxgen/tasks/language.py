@@ -52,6 +52,8 @@ class LanguageModel(Task):
                 f"Sequences of {length} tokens (data.length) do not fit the model: task.model.max_length is "
                 f"{self.model.max_length}."
             )
+        if self.loss_chunk < 0:
+            raise UserError(f"task.loss_chunk = {self.loss_chunk} should be at least 0.")
         if self.loss_chunk and length % self.loss_chunk:
             raise UserError(f"task.loss_chunk = {self.loss_chunk} does not divide data.length = {length}.")
 

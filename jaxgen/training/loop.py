@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import platform as host
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +42,7 @@ from jaxgen.training.step import Program
 if TYPE_CHECKING:
     from jaxgen.experiment import Experiment, Source
 
+NOTES = "run.json"  # of a run directory
 PROFILED = (5, 10)  # steps after the first that a profile covers
 
 
@@ -55,14 +59,14 @@ class Result:
     """The run was asked to leave, and saved where it stood."""
 
 
-def program_of(experiment: Experiment, devices: Any = None) -> Program:
+def program_of(experiment: Experiment, devices: Any = None, platform: str = "") -> Program:
     """The compiled program of an experiment on its mesh: of the given devices, all there are, or (a number) of so many
-    that need not exist, for tracing alone."""
+    of a platform that need not exist, for tracing alone."""
     mesh = experiment.mesh.abstract(devices) if isinstance(devices, int) else experiment.mesh.build(devices)
     program = Program(
         experiment.task,
         experiment.optimizer,
-        Sharding(mesh, experiment.rules),
+        Sharding(mesh, experiment.rules, platform),
         experiment.data.spec(experiment.batch_size),
         experiment.steps,
         experiment.microbatches,
@@ -82,11 +86,12 @@ def train(
     not finite.
     """
     with contextlib.ExitStack() as held:
-        run = _prepare(experiment, Path(run_dir), pretrained, held)
-        missed, preempted = _missed(run), False
-        if run.step >= experiment.steps and not missed:
+        run = _open(experiment, Path(run_dir), held)
+        missed, preempted = _missed(run) if run.begun else [], False
+        if run.begun and run.step >= experiment.steps and not missed:
             run.console.say(f"{run.directory} is finished: it has its {experiment.steps} steps")
         else:
+            _equip(run, pretrained, held)
             _greet(run)
             preempted = _steps(run, missed, profile)
             if not preempted:
@@ -105,29 +110,62 @@ class _Run:
     """This is the process that writes and prints."""
     program: Program
     console: metering.Console
-    data: Prepared
-    measures: list[tuple[Evaluation, Measure]]
     checkpoints: Checkpoints
-    state: TrainState
+    prepared: Callable[[], Prepared]
+    """The data, which may take long when it is first asked for."""
+    state: TrainState | None = None
+    """None before the first step of a new run."""
+    measures: dict[str, Measure] = dataclasses.field(default_factory=dict)
+    """By the name of the evaluation."""
 
     @property
     def step(self) -> int:
         """Where the run stands; waits for the step that is under way."""
         return int(self.state.step)
 
+    @property
+    def data(self) -> Prepared:
+        return self.prepared()
 
-def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Source], held: contextlib.ExitStack) -> _Run:
-    """All that comes before the first step, with the run directory in `held`."""
-    lead, new = jax.process_index() == 0, not (directory / record.FILE).is_file()
-    if new:
+    @property
+    def begun(self) -> bool:
+        return self.state is not None
+
+
+def _open(experiment: Experiment, directory: Path, held: contextlib.ExitStack) -> _Run:
+    """What can be known before any data is read, and the state of a run that goes on, with its directory in `held`."""
+    lead, begun = jax.process_index() == 0, record.begun(directory)
+    if not begun:
         record.check(experiment)  # else it would train, and not be opened afterwards
     program = program_of(experiment)
     with program.sharding.use():
         experiment.task.check_training(program.spec)
     console = metering.Console(experiment.steps, experiment.task.units(program.spec)[0], lead)
-    program.shapes  # noqa: B018  what does not fit is found before any data is read
-    data = experiment.data.prepare(progress=console.prepare).batched(experiment.batch_size)
-    experiment.task.check_data(data)
+    program.shapes  # noqa: B018  what does not fit is found
+
+    @functools.cache
+    def prepared() -> Prepared:
+        data = experiment.data.prepare(progress=console.prepare).batched(experiment.batch_size)
+        experiment.task.check_data(data)
+        return data
+
+    checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, report=console.say)
+    run = _Run(experiment, directory, lead, program, console, checkpoints, prepared)
+    if begun:
+        if lead:
+            _hold(directory, held)
+        facts, old = noted(directory), record.stored(directory).experiment
+        for change in record.resume(
+            old, record.to_record(experiment), lambda: facts.get("data") == run.data.fingerprint, directory
+        ):
+            console.say(f"{directory} goes on with another {change}")
+        run.state = _restore(program, checkpoints)
+    return run
+
+
+def _equip(run: _Run, pretrained: Sequence[Source], held: contextlib.ExitStack) -> None:
+    """The data, what it is measured by, and the directory and the state of a new run."""
+    experiment, directory, program, console, data = run.experiment, run.directory, run.program, run.console, run.data
     setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed, console.skipped)
     measuring = {s.pretrained: s.directory for s in pretrained if s.path.startswith("evaluations.")}
     learned_from = [s for s in pretrained if not s.path.startswith("evaluations.")]
@@ -135,24 +173,30 @@ def _prepare(experiment: Experiment, directory: Path, pretrained: Sequence[Sourc
     def opened(wanted):
         return network(wanted, measuring[wanted], program.sharding)
 
-    measures = [(e, filled(e, opened).build(setting)) for e in experiment.evaluations]
-    for source in learned_from if new else ():
-        _origin(program, source)  # a mistake in it leaves no run behind
-
-    for change in _enter(directory, experiment, data, pretrained, held):
-        console.say(f"{directory} goes on with another {change}")
-    checkpoints = Checkpoints(directory / "checkpoints", experiment.checkpoint, report=console.say)
-    state = _restore(program, checkpoints)
-    if state is None:
-        state, origins = _begin(program, experiment, checkpoints, learned_from)
-        if origins and lead:
-            _note(directory, pretrained=origins)
+    run.measures |= {e.name: filled(e, opened).build(setting) for e in experiment.evaluations}
+    with program.sharding.use():
+        experiment.task.notes(program.spec)  # what cannot run here is found
+    if not run.begun:
+        for source in learned_from:
+            _origin(program, source)  # a mistake in it leaves no run behind
+    elif kept := noted(directory):
+        if kept.get("data") != data.fingerprint:
+            raise UserError(
+                f"The data of {directory} has changed since the run began: its content is not what the run was trained "
+                "on; give another --run-dir for a new run, or bring the old data back."
+            )
     else:
-        console.say(f"resumed {directory} at step {int(state.step)}")
-    return _Run(experiment, directory, lead, program, console, data, measures, checkpoints, state)
+        console.say(f"{directory / NOTES} is missing or damaged, so nothing tells whether the data is still the same")
+    _write_directory(run, pretrained, held)
+    if run.begun:
+        console.say(f"resumed {directory} at step {run.step}")
+        return
+    run.state, origins = _begin(program, experiment, run.checkpoints, learned_from)
+    if origins and run.lead:
+        _note(directory, pretrained=origins)
 
 
-def _steps(run: _Run, missed: Sequence[tuple[Evaluation, Measure]], profile: bool) -> bool:
+def _steps(run: _Run, missed: Sequence[Evaluation], profile: bool) -> bool:
     """Takes the run from where it stands to its end; True when it was asked to leave before, and saved."""
     experiment, directory, program, console = run.experiment, run.directory, run.program, run.console
     step = begin = run.step
@@ -171,11 +215,14 @@ def _steps(run: _Run, missed: Sequence[tuple[Evaluation, Measure]], profile: boo
             stack.callback(writer.close)
         console.start(step)
         if missed:
-            _evaluate(missed, run, step, writer)
+            try:
+                with asked.interrupting():
+                    _evaluate(missed, run, step, writer)
+            except _Asked:
+                return True  # the step is saved
         batches = iter(loader)
+        trace = stack.enter_context(_trace(run, begin, profile))
         while step < experiment.steps:
-            if profile and step - begin == PROFILED[0]:
-                jax.profiler.start_trace(str(directory / "profile"))
             _, data_batch = next(batches)
             if stored is not None:
                 batch = data_batch
@@ -187,23 +234,24 @@ def _steps(run: _Run, missed: Sequence[tuple[Evaluation, Measure]], profile: boo
             run.state, metrics = program.step(run.state, batch)
             step += 1
             meter.step(step, metrics)  # reads those of the step before, while this one runs
-            if profile and step - begin == PROFILED[1]:
-                jax.block_until_ready(run.state)
-                jax.profiler.stop_trace()
-                console.say(f"profile of steps {begin + PROFILED[0] + 1} to {step} in {directory / 'profile'}")
+            trace(step, run.state)
 
-            preempted = step % collect == 0 and (asked.is_set() or reached_preemption(step))
+            boundary = step % collect == 0
+            preempted = boundary and (asked.is_set() or reached_preemption(step))
             due, found = _due(run, step), {}
             if due and not preempted:  # which leaves them to the process that goes on
-                with meter.paused():
-                    found = _evaluate(due, run, step, writer)
+                try:
+                    with meter.paused(), asked.interrupting(boundary):
+                        found = _evaluate(due, run, step, writer)
+                except _Asked:
+                    preempted = True
             if meter.diverged or step == experiment.steps or preempted or _saves(run, step):
                 meter.flush()
                 with meter.paused():
                     run.checkpoints.save(step, run.state.replace(frozen=None), found)
             if preempted or meter.diverged:
                 break
-        meter.flush()
+        meter.close()
         run.checkpoints.wait()
 
     if meter.diverged:
@@ -215,6 +263,38 @@ def _steps(run: _Run, missed: Sequence[tuple[Evaluation, Measure]], profile: boo
     return preempted
 
 
+@contextlib.contextmanager
+def _trace(run: _Run, begin: int, wanted: bool) -> Iterator[Callable[[int, TrainState], None]]:
+    """Called after each step: writes an XLA trace of some early steps, where it is wanted."""
+    first, last = (min(begin + steps, run.experiment.steps - 1 + i) for i, steps in enumerate(PROFILED))
+    tracing = False
+
+    def stop(step: int) -> None:
+        nonlocal tracing
+        jax.profiler.stop_trace()
+        tracing = False
+        run.console.say(f"profile of steps {first + 1} to {step} in {run.directory / 'profile'}")
+
+    def at(step: int, state: TrainState) -> None:
+        nonlocal tracing
+        if not wanted or step not in (first, last):
+            return
+        jax.block_until_ready(state)
+        if step == first:
+            jax.profiler.start_trace(str(run.directory / "profile"))
+            tracing = True
+        elif tracing:
+            stop(step)
+
+    if wanted and run.experiment.steps - begin < 2:
+        run.console.say("no profile: it needs two steps, the first of which compiles")
+    try:
+        yield at
+    finally:
+        if tracing:
+            stop(run.step)
+
+
 def _stored(run: _Run) -> Prepared | None:
     params = merge(run.state.params, run.state.frozen)
     return run.experiment.task.stored(run.data, params, run.state.state, run.console.prepare)
@@ -223,38 +303,23 @@ def _stored(run: _Run) -> Prepared | None:
 # ---- the run directory ----
 
 
-def _enter(
-    directory: Path,
-    experiment: Experiment,
-    data: Any,
-    pretrained: Sequence[Source],
-    held: contextlib.ExitStack,
-) -> list[Any]:
-    """Makes the run directory, or checks that it holds this run; the differences that it goes on with."""
-    changes = []
-    if (directory / record.FILE).is_file():
-        old = record.stored(directory)
-        facts = noted(directory)
-        changes = record.resume(
-            old.experiment, record.to_record(experiment), lambda: facts.get("data") == data.fingerprint, directory
-        )
-        if facts and facts.get("data") != data.fingerprint:
-            raise UserError(
-                f"The data of {directory} has changed since the run began: its content is not what the run was trained "
-                "on; give another --run-dir for a new run, or bring the old data back."
-            )
-    if jax.process_index() == 0:
-        try:
+def _write_directory(run: _Run, pretrained: Sequence[Source], held: contextlib.ExitStack) -> None:
+    """Makes the run directory, or brings up to date what it says of the run."""
+    if not run.lead:
+        return
+    directory, data = run.directory, run.data
+    try:
+        if not run.begun:
             directory.mkdir(parents=True, exist_ok=True)
             _hold(directory, held)
-            if data.tokenizer is not None:
-                data.tokenizer.save(directory / "tokenizer")
-            _note(directory, data=data.fingerprint, facts=data.facts, **_versions())
-            # last, since it is what makes the directory a run
-            record.store(directory, experiment, {s.path: record.to_record(s.pretrained) for s in pretrained})
-        except OSError as error:
-            raise UserError(f"Cannot write the run directory {directory}: {error.strerror or error}.") from None
-    return changes
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # of a run that came to no step
+        if data.tokenizer is not None:
+            data.tokenizer.save(directory / "tokenizer")
+        _note(directory, data=data.fingerprint, facts=data.facts, **_versions())
+        # last, since it is what makes the directory a run
+        record.store(directory, run.experiment, {s.path: record.to_record(s.pretrained) for s in pretrained})
+    except OSError as error:
+        raise UserError(f"Cannot write the run directory {directory}: {error.strerror or error}.") from None
 
 
 def _hold(directory: Path, held: contextlib.ExitStack) -> None:
@@ -265,6 +330,8 @@ def _hold(directory: Path, held: contextlib.ExitStack) -> None:
         raise UserError(
             f"Another process is training in {directory}; wait until it ends, or give another --run-dir."
         ) from None
+    except OSError as error:
+        raise UserError(f"Cannot write the run directory {directory}: {error.strerror or error}.") from None
 
 
 def _versions() -> dict[str, Any]:
@@ -281,17 +348,17 @@ def _versions() -> dict[str, Any]:
 
 
 def noted(directory: Path) -> dict[str, Any]:
-    """What the run directory notes of itself in `run.json`; empty where that is missing or damaged."""
+    """What the run directory notes of itself in run.json; empty where that is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        notes = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+        notes = json.loads((directory / NOTES).read_text(encoding="utf-8"))
         return notes if isinstance(notes, dict) else {}
     return {}
 
 
 def _note(directory: Path, **facts: Any) -> None:
-    """Adds facts to `run.json`, whole or not at all."""
+    """Adds facts to run.json, whole or not at all."""
     notes = json.dumps(noted(directory) | facts, indent=1, default=str)
-    files.write_whole(directory / "run.json", notes + "\n")
+    files.write_whole(directory / NOTES, notes + "\n")
 
 
 # ---- the state ----
@@ -395,13 +462,13 @@ def weights_of(program: Program, state: TrainState, which: str = "ema") -> dict[
     return merge(program.ema.weights(state.ema) if average else state.params, state.frozen)
 
 
-def _due(run: _Run, step: int) -> list[tuple[Evaluation, Measure]]:
+def _due(run: _Run, step: int) -> list[Evaluation]:
     """What is to be measured after a step."""
     last = step == run.experiment.steps
-    return [(e, measure) for e, measure in run.measures if last or (e.every and step % e.every == 0)]
+    return [e for e in run.experiment.evaluations if last or (e.every and step % e.every == 0)]
 
 
-def _missed(run: _Run) -> list[tuple[Evaluation, Measure]]:
+def _missed(run: _Run) -> list[Evaluation]:
     """What was due at the step that the run goes on from, and is not recorded: it was preempted there.
 
     Recorded are numbers in `metrics.jsonl`, or a sample of the evaluation's name.
@@ -414,19 +481,19 @@ def _missed(run: _Run) -> list[tuple[Evaluation, Measure]]:
     recorded = [
         any(name.startswith(f"eval/{e.name}/") for name in names)
         or _sample(run.directory, step, f"{e.name}.txt").exists()
-        for e, _ in due
+        for e in due
     ]
     recorded = multihost_utils.broadcast_one_to_all(np.array(recorded))  # all processes measure, or none
-    return [pair for pair, known in zip(due, recorded, strict=True) if not known]
+    return [e for e, known in zip(due, recorded, strict=True) if not known]
 
 
 def _evaluate(
-    due: Sequence[tuple[Evaluation, Measure]], run: _Run, step: int, writer: metering.Writer | None
+    due: Sequence[Evaluation], run: _Run, step: int, writer: metering.Writer | None
 ) -> dict[str, float]:
     """Measures what is due, and writes it; the numbers."""
     params, found = weights_of(run.program, run.state), {}
-    for evaluation, measure in due:
-        report = measure(params, run.state.state, step)
+    for evaluation in due:
+        report = run.measures[evaluation.name](params, run.state.state, step)
         numbers = {f"eval/{evaluation.name}/{k}": v for k, v in report.metrics.items()}
         found |= numbers
         if writer is None:
@@ -442,8 +509,12 @@ def _evaluate(
             files.write_whole(_sample(run.directory, step, f"{name}.png"), png(image))
             writer.image(name, step, image)
     if found and step < run.experiment.steps:  # at the end `_conclude` tells
-        run.console.say(f"step {step}: " + ", ".join(f"{k[len('eval/') :]} {v:.4f}" for k, v in found.items()))
+        run.console.say(f"step {step}: " + ", ".join(f"{k[len('eval/') :]} {_said(v)}" for k, v in found.items()))
     return found
+
+
+def _said(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
 def _sample(directory: Path, step: int, name: str) -> Path:
@@ -463,7 +534,8 @@ class _Meter:
     """Reads the metrics of each step once the next is dispatched, and measures the pace between two lines."""
 
     def __init__(self, program, every, loader, writer, console, max_skipped):
-        self._every, self._loader, self._writer, self._console = every, loader, writer, console
+        self._every, self._last = every, program.steps
+        self._loader, self._writer, self._console = loader, writer, console
         self._unit, self._units = program.task.units(program.spec)
         self._flops = program.task.flops(program.spec)
         devices = program.sharding.mesh.devices
@@ -490,8 +562,17 @@ class _Meter:
         if self._first:  # the first step has the compilation in it
             self._restart()
         self.diverged = bool(metrics["skipped_in_a_row"] >= self._max_skipped)
-        if step % self._every == 0 or self.diverged:
+        if step % self._every == 0 or step == self._last or self.diverged:
             self._write(step, {k: float(v) for k, v in metrics.items()})
+
+    def close(self) -> None:
+        """Read what is pending, and name what was skipped since the last line."""
+        self.flush()
+        self._tell_skipped()
+
+    def _tell_skipped(self) -> None:
+        for name, reason in dict(self._loader.skipped).items():
+            self._console.skipped(name, reason)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         values.pop("skipped_in_a_row")
@@ -509,10 +590,9 @@ class _Meter:
                 "train/mfu": mfu,
             }
             self._console.pace(seconds)
-        if skipped := dict(self._loader.skipped):
-            numbers["data/skipped"] = len(skipped)
-            for name, reason in skipped.items():
-                self._console.skipped(name, reason)
+        if self._loader.skipped:
+            numbers["data/skipped"] = len(self._loader.skipped)
+            self._tell_skipped()
         if self._writer is not None:
             self._writer.write(step, numbers)
         self._console.update(step, values, rate, mfu)
@@ -533,15 +613,41 @@ class _Meter:
             self._waited += self._loader.wait_seconds - waited
 
 
+class _Asked(BaseException):
+    """SIGTERM came while something that can be left was under way."""
+
+
+class _Leaving(threading.Event):
+    """Set when the process is asked to leave."""
+
+    _interrupts = False
+
+    @contextlib.contextmanager
+    def interrupting(self, wanted: bool = True) -> Iterator[None]:
+        """Being asked in here raises `_Asked` at once: a notice of preemption leaves half a minute."""
+        self._interrupts = wanted
+        try:
+            if wanted and self.is_set():
+                raise _Asked
+            yield
+        finally:
+            self._interrupts = False
+
+    def ask(self, *_: Any) -> None:
+        self.set()
+        if self._interrupts:
+            raise _Asked
+
+
 @contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, in place of ending the process. With several processes JAX handles the signal, so
-    that all leave at one step."""
-    asked = threading.Event()
+def _sigterm() -> Iterator[_Leaving]:
+    """What SIGTERM sets, in place of ending the process. With several processes JAX handles the signal, so that all
+    leave at one step."""
+    asked = _Leaving()
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield asked
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, asked.ask)
     try:
         yield asked
     finally:
@@ -574,7 +680,7 @@ def _conclude(run: _Run) -> None:
         return
     for name, value in metering.last(run.directory).items():
         if name.startswith("eval/"):
-            print(f"{name.removeprefix('eval/')}: {value:.4f}")
+            print(f"{name.removeprefix('eval/')}: {_said(value)}")
     for name, value in run.data.facts.items():
         if "xz" in name:
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

@@ -49,6 +49,13 @@ def test_full_disk_is_one_line(verb, capsys):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EROFS])
+def test_a_path_that_cannot_be_used_is_one_line(verb, capsys, code):
+    verb(fail_with(OSError(code, os.strerror(code), "runs/r/samples")))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == f"jaxgen: {os.strerror(code)}: runs/r/samples\n"
+
+
 def test_interrupt_is_one_line(verb, capsys):
     verb(fail_with(KeyboardInterrupt()))
     assert cli.main(["train"]) == 130

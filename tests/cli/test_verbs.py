@@ -117,6 +117,9 @@ def test_resume_demands_a_run(file, trained, capsys):
         ("--task.model.deth 3", "there is no field --task.model.deth; did you mean --task.model.depth?"),
         ("--steps many", "--steps is 'many', which should be a whole number"),
         ("--batch-size 9 --microbatches 2", "batch_size 9 does not split into 2 microbatches"),
+        ("--steps 3 --seed 1 --steps 4", "--steps is given twice"),
+        ("--seed 99999999999999999999999", "the seed is 99999999999999999999999, which should be from 0 to 2^63 - 1"),
+        ("--seed -1", "the seed is -1, which should be from 0 to 2^63 - 1"),
         ("other", "'other' is one argument too many"),
     ],
 )
@@ -143,6 +146,12 @@ def test_every_field_is_documented():
         for field in dataclasses.fields(cls):
             line = next(i for i, text in enumerate(source) if text.startswith(f"    {field.name}:"))
             assert source[line + 1].startswith('    """'), field.name
+
+
+def test_a_file_that_is_no_python(file, trained, capsys):
+    file.write_text("experiment = (\n")
+    assert main(["train", "tiny.py"]) == 2
+    assert capsys.readouterr().err == "jaxgen: tiny.py cannot be read as Python: line 1: '(' was never closed\n"
 
 
 def test_split():
@@ -281,6 +290,16 @@ def test_show_prints_every_field_and_parameter(file, capsys):
                   "layers embed heads head_dim", "FLOPs a token of training", "state on a device"):
         assert words in shown
     assert max(map(len, shown.splitlines())) < 200 and "\x1b" not in shown   # nothing is padded or coloured in a pipe
+
+
+def test_show_tells_of_the_chips_that_a_file_is_for(capsys):
+    assert main(["show", str(ROOT / "experiments/gpt/llama3_8b.py")]) == 0
+    assert "splash (the fused kernel of tpu)" in capsys.readouterr().out
+
+
+def test_a_run_directory_is_a_folder(file, capsys):
+    assert main(["train", "tiny.py", "--run-dir", "gs://bucket/run"]) == 2
+    assert "the run directory is gs://bucket/run, which should be a folder" in capsys.readouterr().err
 
 
 def test_show_smoke_is_for_this_machine(file, capsys):

@@ -45,16 +45,19 @@ def read(monkeypatch):
     return texts
 
 
-@pytest.mark.parametrize(("tokens", "kept"), [(1, 40), (8, 33), (39, 2), (40, 1)])
+@pytest.mark.parametrize(("tokens", "kept"), [(1, 40), (8, 33), (20, 21)])
 def test_a_long_prompt_keeps_as_much_of_its_end_as_fits(read, tokens, kept):
     """The last new token takes no position: it is not read."""
     texts, prompts = read(LEARNED, [LONG, "s"], tokens)
     assert prompts == [LONG[-kept:], "s"] and [len(t) for t in texts] == [tokens] * 2
 
 
-def test_no_more_new_tokens_than_positions(read):
+def test_fewer_new_tokens_where_positions_end(read):
+    """Half of the positions are a prompt's, and all that it leaves are the new tokens'."""
     texts, prompts = read(LEARNED, [LONG], 60)
-    assert prompts == ["s"] and len(texts[0]) == 40
+    assert prompts == [LONG[-21:]] and len(texts[0]) == 20
+    texts, prompts = read(LEARNED, ["abc"], 60)
+    assert prompts == ["abc"] and len(texts[0]) == 38
 
 
 def test_a_prompt_that_fits_is_whole(read):

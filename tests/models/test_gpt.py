@@ -218,6 +218,12 @@ def test_counts_its_operations(model):
     ({"kv_heads": 3}, "The 4 heads are not a multiple of the 3 kv_heads."),
     ({"positions": "rope", "head_dim": 7}, "Rotary positions need an even head size, not 7."),
     ({"windows": (1, 2, 3)}, "The depth 2 is not a multiple of the 3 windows' pattern."),
+    ({"kv_heads": -1}, "kv_heads of a GPT is -1, which should be at least 0."),
+    ({"mlp_width": -5}, "mlp_width of a GPT is -5, which should be at least 0."),
+    ({"attention_cap": -1.0}, "attention_cap of a GPT is -1.0, which should be at least 0."),
+    ({"windows": (-3,)}, "The windows of a GPT are (-3,), and none should be less than 0."),
+    ({"dropout": 1.5}, "The dropout of a GPT is 1.5, which should be at least 0 and less than 1."),
+    ({"norm_epsilon": -1.0}, "norm_epsilon of a GPT is at least 0, and the factor of its rope is more than 0."),
     ({"heads": 0}, "depth, width, heads, vocab_size and max_length of a GPT are at least 1."),
     ({"depth": 0}, "depth, width, heads, vocab_size and max_length of a GPT are at least 1."),
 ])  # fmt: skip

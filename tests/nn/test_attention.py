@@ -1,6 +1,7 @@
 """Attention: which keys a query sees, and every kernel against plain loops and against each other."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,13 @@ def test_choice_on_cpu(monkeypatch):
     assert choice("chunked", length=256) == ("chunked", "asked for")
 
 
+def trace_for(monkeypatch, machine: str) -> None:
+    """A platform, and the compute capability of its devices."""
+    platform, _, capability = machine.partition(" ")
+    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    monkeypatch.setattr(kernels, "device", lambda: SimpleNamespace(compute_capability=capability or "9.0"))
+
+
 @pytest.mark.parametrize(
     ("platform", "change", "name", "reason"),
     [
@@ -176,6 +184,8 @@ def test_choice_on_cpu(monkeypatch):
         ("gpu", {"size": 256}, "xla", "cudnn cannot: it takes head sizes up to 128 in steps of 8, not 256"),
         ("gpu", {"length": 4096, "size": 12}, "chunked",
          "cudnn cannot: it takes head sizes up to 128 in steps of 8, not 12"),
+        ("gpu 7.5", {}, "xla", "cudnn cannot: it needs an NVIDIA GPU of compute capability 8.0 or newer"),
+        ("gpu gfx90a", {}, "xla", "cudnn cannot: it needs an NVIDIA GPU of compute capability 8.0 or newer"),
         ("tpu", {}, "splash", "the fused kernel of tpu"),
         ("tpu", {"cap": 5.0, "mask": Mask("causal", 8, query_segments=LONG)}, "splash", "the fused kernel of tpu"),
         ("tpu", {"length": 100}, "xla",
@@ -188,15 +198,15 @@ def test_choice_on_cpu(monkeypatch):
     ],
 )  # fmt: skip
 def test_choice_on_accelerators(monkeypatch, platform, change, name, reason):
-    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    trace_for(monkeypatch, platform)
     assert choice(**change) == (name, reason)
 
 
 def test_choice_where_the_sequence_is_split(monkeypatch):
-    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    trace_for(monkeypatch, "gpu")
     with Sharding(Mesh(sequence=4).build(), RULES).use():
         assert choice() == ("xla", "cudnn cannot: the sequence is split over devices")
-        monkeypatch.setattr(kernels, "platform", lambda: "tpu")
+        trace_for(monkeypatch, "tpu")
         assert choice() == ("xla", "splash cannot: it takes lengths in steps of 128 on each device, not 64 and 256")
         assert choice(length=512).name == "splash"
 

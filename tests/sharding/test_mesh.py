@@ -64,6 +64,13 @@ def test_slices_split_the_data_axis(monkeypatch):
         np.testing.assert_array_equal(of, [[0, 0], [0, 0], [1, 1], [1, 1]])
 
 
+@pytest.mark.parametrize(("there", "slices"), [(1, 2), (2, 1), (4, 2)])
+def test_slices_that_are_not_those_of_the_devices(there, slices):
+    devices = [Slice(i, i * there // 8) for i in range(8)]
+    with pytest.raises(UserError, match=f"mesh.slices = {slices}, and the devices are of {there} slice"):
+        Mesh(data=8, slices=slices).build(devices)
+
+
 def test_slices_are_simulated_where_devices_know_none():
     ids = np.vectorize(lambda d: d.id)(Mesh(data=4, tensor=2, slices=2).build().devices)
     np.testing.assert_array_equal(ids.reshape(2, 4), [[0, 1, 2, 3], [4, 5, 6, 7]])

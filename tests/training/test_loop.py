@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxgen import record
 from jaxgen.data import Bytes, Text, batching
 from jaxgen.errors import UserError
 from jaxgen.evaluation.base import Evaluation, Report
@@ -146,6 +150,68 @@ def test_changed_data_is_refused(experiment, copy, tmp_path):
         train(other, copy)
     text.write_text(open(experiment.data.path).read())
     assert train(other, copy).step == 12, "another path with the same content is taken"
+
+
+def test_a_directory_without_a_step_is_begun_anew(experiment, tmp_path):
+    """Here of a kernel that cannot run, and of weights that are not written."""
+    task = dataclasses.replace(experiment.task, model=experiment.task.model.clone(kernel="splash"))
+    wrong = dataclasses.replace(experiment, task=task)
+    with pytest.raises(UserError, match="splash"):
+        train(wrong, tmp_path / "run")
+    record.store(tmp_path / "run", wrong)
+    (tmp_path / "run" / "checkpoints" / "frozen").mkdir(parents=True)
+    short = dataclasses.replace(experiment, steps=2, evaluations=())
+    assert train(short, tmp_path / "run").step == 2
+    with pytest.raises(UserError, match="task.model.kernel"):
+        train(wrong, tmp_path / "run")
+
+
+def test_steps_without_their_record_are_refused(experiment, copy):
+    (copy / "experiment.json").unlink()
+    with pytest.raises(UserError, match="has checkpoints, and no experiment.json"):
+        train(experiment, copy)
+
+
+def test_a_finished_run_needs_no_data(experiment, copy, monkeypatch, capfd):
+    monkeypatch.setattr(Text, "prepare", lambda *_, **__: pytest.fail("data was read"))
+    assert train(experiment, copy).step == 12 and "finished" in capfd.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True)
+class Terminated(Evaluation):
+    """Is asked to leave in the middle, the first time."""
+
+    name: str = "terminated"
+
+    def build(self, setting):
+        def measure(params, state, step):
+            if not asked:
+                asked.append(step)
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+                raise AssertionError("it went on")
+            return Report({"found": float("nan")})
+
+        return measure
+
+
+asked = []
+
+
+def test_sigterm_in_an_evaluation_saves_at_once(experiment, tmp_path, capfd):
+    short = dataclasses.replace(experiment, steps=2, evaluations=(Terminated(),))
+    assert train(short, tmp_path / "run", profile=True).preempted
+    assert Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).steps() == [2]
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb")), "a profile of a run that is short"
+    result = train(short, tmp_path / "run")
+    assert not result.preempted and result.metrics["eval/terminated/found"] is None
+    assert "terminated/found: not finite" in capfd.readouterr().out
+
+
+def test_the_last_step_is_in_the_metrics(experiment, tmp_path):
+    short = dataclasses.replace(experiment, steps=5, evaluations=(), log=Logging(every=3, tensorboard=False))
+    train(short, tmp_path / "run")
+    assert [n["step"] for n in lines(tmp_path / "run")] == [3, 5]
 
 
 def test_stops_when_the_loss_stays_not_finite(experiment, done, tmp_path):
