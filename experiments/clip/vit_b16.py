@@ -17,7 +17,7 @@ from jaxgen.data.imagetext import ImageText, LabelledImages
 from jaxgen.data.tokenizers import SentencePiece, Words
 from jaxgen.data.transforms import RandomResizedCrop
 from jaxgen.evaluation.retrieval import Retrieval
-from jaxgen.evaluation.zeroshot import ZeroShot
+from jaxgen.evaluation.zeroshot import PROMPTS, ZeroShot
 from jaxgen.experiment import Experiment, Target
 from jaxgen.models.text import TextTower
 from jaxgen.models.vit import ViT
@@ -55,7 +55,9 @@ experiment = Experiment(
     evaluations=(
         Retrieval(every=5000, among=1000),
         ZeroShot(
-            every=5000, data=LabelledImages(path="tfds:cifar10#train", heldout_path="tfds:cifar10#test", size=224)
+            every=5000,
+            data=LabelledImages(path="tfds:cifar10#train", heldout_path="tfds:cifar10#test", size=224),
+            templates=PROMPTS,
         ),
     ),
     checkpoint=Checkpointing(every=1000),

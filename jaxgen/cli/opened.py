@@ -39,7 +39,8 @@ def directory_of(arguments: argparse.Namespace, verb: str) -> Path:
 def named(run: str) -> Path:
     """The directory of a run; a bare name is looked for under runs/ too."""
     path, known = Path(run), Path("runs") / run
-    return known if not path.exists() and known.exists() else path
+    better = (known / record.FILE).is_file() and not (path / record.FILE).is_file()
+    return known if better or (known.exists() and not path.exists()) else path
 
 
 def experiment_of(

@@ -55,7 +55,9 @@ def run(argv: Sequence[str]) -> int:
     task = opened.experiment.task
     if not (hasattr(task, "embed_images") and hasattr(task, "embed_texts")):
         raise UserError(f"{opened.directory} is a run of a {type(task).__name__}: only contrastive runs can search")
-    example, encode = reading(opened.experiment.data)
+    example, encode, tokenizer = reading(opened.experiment.data)
+    tokens, lengths = encode([query])
+    unread = _unread(tokenizer, tokens[0], int(lengths[0]), query)
     found, skipped = embedded(opened, paths, example, _cache_key(opened, arguments.weights))
     if not found:
         raise UserError(f"none of the {len(paths)} pictures in {arguments.images} can be read: {_named(skipped)}")
@@ -63,12 +65,15 @@ def run(argv: Sequence[str]) -> int:
     place = opened.directory / "search" / f"{_slug(query)}.png"
     sheet = _draw(ranked, arguments.sheet, place, getattr(opened.experiment.data, "view", None))
     told = {"run": str(opened.directory), "step": opened.step, "weights": arguments.weights, "query": query}
+    told |= {"query_unread": unread} if unread else {}
     if arguments.json:
         results = [{"file": str(path), "similarity": round(value, 6)} for path, value in ranked]
         unread = [{"file": str(path), "reason": reason} for path, reason in skipped.items()]
         told |= {"pictures": len(found), "results": results, "skipped": unread, "sheet": sheet and str(sheet)}
         print(json.dumps(told, indent=1))
         return DONE
+    if unread:
+        print(f"of the query, {unread}", file=sys.stderr)
     if skipped:
         print(f"{len(skipped)} of {len(paths)} pictures cannot be read: {_named(skipped)}", file=sys.stderr)
     print(f"{told['run']}, step {told['step']}, {told['weights']} weights: {query!r} among {len(found)} pictures\n")
@@ -96,8 +101,19 @@ def pictures_in(folder: str | None) -> list[Path]:
     return sorted(files)
 
 
-def reading(data: Any) -> tuple[Callable[[bytes], Mapping[str, Any]], Callable[[list[str]], tuple]]:
-    """How an experiment's data reads a picture (bytes -> arrays of an example) and encodes captions.
+def _unread(tokenizer: Any, tokens: "np.ndarray", length: int, query: str) -> str:
+    """What of the query the run cannot read, in words; empty where it reads all."""
+    unknown = [] if getattr(tokenizer, "unknown", None) is None else tokens[:length] == tokenizer.unknown
+    if len(unknown) and sum(unknown) == length - 1:  # all but the end
+        raise UserError(f"the run has learned nothing of the query {query!r}")
+    parts = [f"{sum(unknown)} of {length - 1} tokens were never learned"] * any(unknown)
+    if length == len(tokens) and len(tokenizer.encode(query)) >= length:
+        parts.append(f"all after {length - 1} tokens is cut off")
+    return ", and ".join(parts)
+
+
+def reading(data: Any) -> tuple[Callable[[bytes], Mapping[str, Any]], Callable[[list[str]], tuple], Any]:
+    """How an experiment's data reads a picture (bytes -> arrays of an example) and encodes captions, and its tokenizer.
 
     Data of pictures from files says so without those files, which may be on another machine.
     """
@@ -106,11 +122,11 @@ def reading(data: Any) -> tuple[Callable[[bytes], Mapping[str, Any]], Callable[[
 
     if isinstance(data, ImageText):
         tokenizer = data.tokenizer.fit(())   # the run's own, which is fitted
-        return data.view, lambda texts: encode_captions(tokenizer, texts, data.length)
+        return data.view, lambda texts: encode_captions(tokenizer, texts, data.length), tokenizer
     prepared = data.prepare()
     if not (hasattr(prepared, "picture") and hasattr(prepared, "encode")):
         raise UserError(f"the run's data, {type(data).__name__}, has no pictures with captions")
-    return lambda content: {"image": prepared.picture(content)}, prepared.encode
+    return lambda content: {"image": prepared.picture(content)}, prepared.encode, prepared.tokenizer
 
 
 # Embeddings

@@ -54,7 +54,7 @@ class ArrayRecords(Pictures):
             raise UserError(f"{self.files[0]} is damaged near record {index} ({first_line(e)})") from e
         try:
             return json.loads(data) if data[:1] == b"{" else example_fields(data)
-        except (ValueError, struct.error, IndexError) as e:
+        except (ValueError, struct.error, IndexError, KeyError, TypeError) as e:  # bytes of anything else give any
             raise BadImage("it is neither JSON nor a tf.train.Example") from e
 
     @functools.cached_property

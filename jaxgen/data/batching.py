@@ -44,14 +44,16 @@ def skipped(name: str, reason: str, allowed: float = 0.01) -> None:
         collected.append(Skipped(name, reason, allowed))
 
 
-def check_skipped(reasons: Mapping[str, str], count: int, total: int, allowed: float) -> None:
+def check_skipped(reasons: Mapping[str, str], count: int, total: int, allowed: float, drawn: bool = False) -> None:
     """Raises UserError once more than a share `allowed` was skipped, and more than a handful.
 
     Args:
       reasons: why, by name.
       count: how often an example was skipped, of `total`.
+      drawn: those are the ones drawn so far: a share that is allowed leaves room for chance, three standard deviations.
     """
-    if len(reasons) >= HANDFUL and count > allowed * total:
+    most = allowed * total
+    if len(reasons) >= HANDFUL and count > most + (3 * math.sqrt(most) if drawn else 0):
         name, reason = next(iter(reasons.items()))
         raise UserError(f"{count} of {total} examples cannot be used, for example {name}: {reason}; "
                         f"data.max_bad allows a share of {allowed:g}")

@@ -6,10 +6,14 @@ import contextlib
 import functools
 import io
 import sys
+import warnings
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
+
+# `_opened` refuses what is too large, and says so.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Picture = UInt8[np.ndarray, "H W C"]
 
@@ -78,7 +82,7 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise BadImage(f"it has more than {max_pixels} pixels") from e
+        raise BadImage(f"it has more than {min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)} pixels") from e
     except Image.UnidentifiedImageError as e:
         raise BadImage("it is not a picture of a known format") from e
     except Exception as e:
@@ -117,7 +121,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        clear, deep = image.info.get("transparency"), image
         image = _eight_bits(image)
+        if isinstance(clear, int):  # a value of the deep one
+            image.putalpha(Image.fromarray(np.where(np.asarray(deep) == clear, 0, 255).astype(np.uint8)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         behind = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(behind, image.convert("RGBA"))

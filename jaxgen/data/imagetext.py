@@ -348,9 +348,9 @@ class Images(Data):
                         part = "heldout" if held else "train"
                     kept[part].add(i, printable(row.name), value)
                 total += size
-        counts = {part: len(rows.rows) for part, rows in kept.items()}
+        counts, path = {part: len(rows.rows) for part, rows in kept.items()}, self.path or "the drawn scenes"
         if not counts["train"]:
-            raise UserError(f"none of the {total} pictures of {self.path} can be used, for example "
+            raise UserError(f"none of the {total} pictures of {path} can be used, for example "
                             f"{': '.join(next(iter(bad.items())))}" if not counts["heldout"] else
                             "all pictures are held out: give less to data.heldout, or hold out by 'tail'")
         if not counts["heldout"] and (self.heldout or self.heldout_path):
@@ -385,7 +385,7 @@ class Images(Data):
             if progress and i % 4096 == 0:
                 progress("indexing pictures", i, size)
         if missing and whole:
-            raise UserError(no_column(f"the pictures of {path} have", min(missing), columns))
+            raise UserError(no_column(f"the pictures of {path or 'the drawn scenes'} have", min(missing), columns))
 
     def _finish(self, kept: dict[str, Any], sources: dict[str, Pictures]) -> dict[str, Any]:
         """Writes what all rows together decide; what it returns goes into the index's meta data."""

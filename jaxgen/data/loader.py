@@ -111,7 +111,7 @@ class Loader:
         self.replaced += len(told)
         self.skipped |= {name: reason for name, reason, _ in told}
         if told:
-            check_skipped(self.skipped, self.replaced, self.examples, told[-1].allowed)
+            check_skipped(self.skipped, self.replaced, self.examples, told[-1].allowed, drawn=True)
         return batch
 
     def close(self) -> None:

@@ -13,6 +13,13 @@ from jaxgen.errors import UserError
 from jaxgen.evaluation import calibration, whole
 from jaxgen.evaluation.base import Evaluation, Report, Setting
 
+PROMPTS = tuple(
+    f"a {kind}photo of {article} {{}}."
+    for article in ("a", "the")
+    for kind in ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+) + tuple(f"a photo of {article} {size} {{}}." for article in ("a", "the") for size in ("small", "big"))
+"""The prompts that CLIP is measured by on CIFAR-10 (Radford et al. 2021, section 3.1.4)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot(Evaluation):

@@ -108,4 +108,4 @@ def _generate(scope, model, new_tokens, params, prompts, lengths, key, index, te
 
     out = jnp.zeros((batch, new_tokens), jnp.int32)
     token, out, _ = jax.lax.fori_loop(1, new_tokens, body, (token, out, cache))
-    return out.at[:, new_tokens - 1].set(token)
+    return sharding.constrain(out.at[:, new_tokens - 1].set(token), None, None)  # every process reads all

@@ -247,7 +247,7 @@ class Checkpoints:
             if whole and not ranked:
                 known = {name for manifest in whole.values() for name in manifest.metrics}
                 raise UserError(f"No step in {self.directory} was saved with the metric '{self.policy.metric}'"
-                                f"{nearest(self.policy.metric, known)}")
+                                f"{nearest(self.policy.metric, known) or f'; there are {sorted(known)}' * bool(known)}")
             return ranked[0] if ranked else None
         if isinstance(step, str):
             raise UserError(f"'{step}' is no step; it is 'latest', 'best' or a number.")

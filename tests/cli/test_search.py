@@ -99,6 +99,19 @@ def test_search(run, capsys):
         assert found["pictures"] == len(found["results"]) == 8 and found["skipped"] == [] and found["step"] == 40
 
 
+def test_what_of_the_query_was_not_read(run, capsys):
+    assert "query_unread" not in told(capsys, "--query", "red")
+    assert told(capsys, "--query", "redz")["query_unread"] == "1 of 4 tokens were never learned"
+    assert told(capsys, "--query", "red " * 40)["query_unread"].endswith("tokens is cut off")
+    assert main(["search", "colours", "--images", "photos", "--query", "zzz"]) == 2
+    assert "the run has learned nothing of the query 'zzz'" in capsys.readouterr().err
+
+
+def test_a_run_beside_a_folder_of_its_name(run, capsys):
+    (run / "colours").mkdir()
+    assert told(capsys, "--query", "red")["run"] == "runs/colours"
+
+
 def test_what_is_printed(run, capsys):
     assert main(["search", "colours", "--images", "photos", "--query", " blue ", "--top", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -170,8 +183,8 @@ def test_embeddings_are_kept_by_content(run, capsys, monkeypatch):
     read, reading = [], search.reading
 
     def counted(data):
-        example, encode = reading(data)
-        return lambda content: read.append(content) or example(content), encode
+        example, *rest = reading(data)
+        return lambda content: read.append(content) or example(content), *rest
 
     monkeypatch.setattr(search, "reading", counted)
     first = told(capsys, "--query", "green")

@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -115,6 +117,14 @@ def png(values):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def test_a_transparent_grey_of_sixteen_bits_shows_the_background():
+    values = np.array([[0, 300, 40000]], np.uint16)
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, "PNG", transparency=300)
+    found = decode(data.getvalue(), background=(10, 20, 30))
+    assert found.tolist() == [[[0, 0, 0], [10, 20, 30], [156, 156, 156]]]
+
+
 def test_cmyk():
     ink = np.zeros((16, 16, 4), np.uint8)
     ink[:, :8, 0], ink[:, 8:, 3] = 255, 255  # cyan, black
@@ -182,6 +192,9 @@ def test_bombs():
         decode(promising(9000, 9000))
     with pytest.raises(BadImage, match="more than"):
         decode(promising(60000, 60000))  # which Pillow itself refuses
+    code = "import sys, jaxgen.data.images as i; i.decode(sys.stdin.buffer.read())"
+    told = subprocess.run([sys.executable, "-c", code], input=promising(10000, 10000), capture_output=True).stderr
+    assert b"more than 67108864" in told and b"Warning" not in told, "of such a size Pillow warns"
     with pytest.raises(BadImage, match="48 x 40 pixels, more than 1000"):
         decode(file(SMOOTH), max_pixels=1000)
     assert decode(file(SMOOTH), max_pixels=48 * 40).shape == (40, 48, 3)

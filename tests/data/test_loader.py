@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgen.data.batching import Rows, skipped
+from jaxgen.data.batching import Rows, check_skipped, skipped
 from jaxgen.data.loader import Loader, heldout_batches, rows_needed
+from jaxgen.errors import UserError
 
 
 def example(i):
@@ -190,3 +191,20 @@ def test_ctrl_c_ends_it(sleep, workers):
     child.send_signal(2)
     _, error = child.communicate(timeout=20)
     assert child.returncode != 0 and "KeyboardInterrupt" in error and "Fatal" not in error
+
+
+@pytest.mark.parametrize(("share", "stops"), [(0.008, False), (0.03, True)])
+def test_a_share_that_is_allowed_leaves_room_for_chance(share, stops):
+    """Judged after each of 20,000 examples, of which 1 % may be bad."""
+    bad = np.random.default_rng(0).random((8, 20_000)) < share
+    reasons = {str(i): "damaged" for i in range(9)}
+
+    def stopped(run) -> bool:
+        try:
+            for total, count in enumerate(np.cumsum(run).tolist(), 1):
+                check_skipped(reasons if count > 4 else {}, count, total, 0.01, drawn=True)
+        except UserError:
+            return True
+        return False
+
+    assert [stopped(run) for run in bad] == [stops] * 8

@@ -52,7 +52,7 @@ def test_noise_and_half_a_pixel_do_not_matter(level, split):
     assert all(right >= 0.99 * count for right, count in found.values()), found
 
 
-@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("level", scenes.LEVELS)
 def test_shuffled_captions_score_chance(level):
     """Pictures are read once, and compared with the captions of others, many times over."""
     images, captions = pictures(level, count=120)
