@@ -226,6 +226,13 @@ def test_unpacked_and_damaged_examples():
             example_fields(damaged)
 
 
+def test_records_of_something_else_are_named(tmp_path):
+    path = tmp_path / "texts.array_record"
+    write_records(path, [b"plain text of a caption", b"\x0a\x02\x0a\x00"])
+    rows = open_pictures(str(path))
+    assert [rows.row(i).problem for i in range(2)] == ["it is neither JSON nor a tf.train.Example"] * 2
+
+
 def test_arrays(tmp_path):
     images = np.stack([picture(i) for i in range(4)])
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(4), names=np.array(["w", "x", "y", "z"]), other=1)

@@ -45,12 +45,16 @@ def losses(directory: Path, name: str) -> dict[tuple, float]:
 def test_two_processes_are_as_one(tmp_path):
     text = "".join(f"{i} is {i * i} squared, and {i**3} cubed.\n" for i in range(400))
     (tmp_path / "text.txt").write_text(text)
-    (tmp_path / "experiment.py").write_text(EXPERIMENT.format(path=str(tmp_path / "text.txt")))
+    shown = "HeldOut(every=10), TextPreview(tokens=8, prompts=('1 is', 'and'))"
+    code = EXPERIMENT.replace("HeldOut(every=10),", shown + ",").format(path=str(tmp_path / "text.txt"))
+    (tmp_path / "experiment.py").write_text("from jaxgen.evaluation.preview import TextPreview\n" + code)
     start(tmp_path, 1, "--run-dir", "one")
     start(tmp_path, 2, "--run-dir", "two", "--steps", "30")
     one, two = losses(tmp_path, "one"), losses(tmp_path, "two")
     assert one.keys() == two.keys() and len(one) == 33
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+    texts = [(tmp_path / name / "samples" / "00000030-preview.txt").read_text() for name in ("one", "two")]
+    assert texts[0] == texts[1]
 
     # what two processes saved half-way, one goes on with, and the other way round
     start(tmp_path, 2, "--run-dir", "two-one", "--steps", "30", "--checkpoint.every", "15")
