@@ -64,11 +64,13 @@ class Mesh:
         """The mesh on the given devices (default: all of every process), near ones adjacent on the inner axes."""
         devices = jax.devices() if devices is None else list(devices)
         sizes = tuple(self.sizes(len(devices)).values())
-        if devices[0].platform == "tpu" and (there := len({d.slice_index for d in devices})) != self.slices:
+        known = hasattr(devices[0], "slice_index")  # not those of CPU, or that a program is compiled for elsewhere
+        # GPUs of several hosts have one a host, and may do as one mesh all the same
+        if known and devices[0].platform == "tpu" and (there := len({d.slice_index for d in devices})) != self.slices:
             raise UserError(f"mesh.slices = {self.slices}, and the devices are of {there} slice{'s' * (there > 1)}.")
         if self.slices > 1:
             inner = (sizes[0] // self.slices, *sizes[1:])
-            if hasattr(devices[0], "slice_index"):
+            if known:
                 outer = (self.slices, *(1 for _ in inner[1:]))
                 grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
             else:  # devices that know no slices (CPU): equal runs of them stand in
