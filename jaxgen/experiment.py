@@ -97,6 +97,10 @@ class Experiment:
         if self.batch_size % self.microbatches:
             raise UserError(f"batch_size {self.batch_size} does not split into {self.microbatches} microbatches")
         names = [e.name for e in self.evaluations if isinstance(e, Evaluation)]
+        head, _, rest = self.checkpoint.metric.removeprefix("eval/").partition("/")
+        if self.checkpoint.metric != Checkpointing().metric and (not rest or head not in names):
+            raise UserError(f"checkpoint.metric is {self.checkpoint.metric!r}, which should be eval/NAME/... of an "
+                            f"evaluation{nearest(head, names) or f': {names}'}")
         if same := [name for i, name in enumerate(names) if name in names[:i]]:
             raise UserError(f"two evaluations have the name '{same[0]}', so one's results would overwrite the other's: "
                             "give one another name")

@@ -6,7 +6,8 @@
 The text is the 1 MB file `data/tinyshakespeare/input.txt` of github.com/karpathy/char-rnn; its last tenth is held out.
 nanoGPT reports a validation loss of 1.4697 for the full form and 1.88 for the small one, in nats a character.
 
-Without a path the small form trains on Python's documentation, and its target is for that text.
+Seen of the small form, over three seeds: 1.85. Without a path it trains on Python's documentation, and its target is
+for that text.
 """
 
 import dataclasses
@@ -47,5 +48,5 @@ smoke = dataclasses.replace(
     steps=2000,
     evaluations=(HeldOut(batch_size=96), TextPreview(tokens=48)),
     checkpoint=Checkpointing(every=1000),
-    target=Target("eval/heldout/loss", at_most=1.95),
+    target=Target("eval/heldout/loss", at_most=1.75),
 )

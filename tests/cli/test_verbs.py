@@ -119,6 +119,7 @@ def test_resume_demands_a_run(file, trained, capsys):
         ("--batch-size 9 --microbatches 2", "batch_size 9 does not split into 2 microbatches"),
         ("--steps 3 --seed 1 --steps 4", "--steps is given twice"),
         ("--seed 99999999999999999999999", "the seed is 99999999999999999999999, which should be from 0 to 2^63 - 1"),
+        ("--checkpoint.metric foo", "checkpoint.metric is 'foo', which should be eval/NAME/... of an evaluation"),
         ("--seed -1", "the seed is -1, which should be from 0 to 2^63 - 1"),
         ("other", "'other' is one argument too many"),
     ],
