@@ -312,7 +312,8 @@ def _write_directory(run: _Run, pretrained: Sequence[Source], held: contextlib.E
         if not run.begun:
             directory.mkdir(parents=True, exist_ok=True)
             _hold(directory, held)
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # of a run that came to no step
+            if not record.begun(directory):
+                shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # of a run that came to no step
         if data.tokenizer is not None:
             data.tokenizer.save(directory / "tokenizer")
         _note(directory, data=data.fingerprint, facts=data.facts, **_versions())
