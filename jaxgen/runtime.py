@@ -38,7 +38,8 @@ def prepare(devices: int | None = None) -> None:
     if not (has_gpu() or has_tpu()):
         if importlib.util.find_spec("libtpu"):   # which otherwise looks for chips, and prints that it found none
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        _cpu_flags()
+        # a fusion that costs convolutions and attention up to half their speed
+        add_flags(xla_cpu_experimental_ynn_fusion_type="")
         _keep_memory()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla" / machine()))
     if "jax" in sys.modules:   # which has read the variable already
@@ -114,17 +115,22 @@ def machine() -> str:
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
-def _cpu_flags() -> None:
-    """Turns off an XLA fusion that costs convolutions and attention up to half their speed on CPU with jax 0.10.
+FLAGS = {
+    "--xla_cpu_experimental_ynn_fusion_type": {(0, 10)},
+    "--xla_cpu_use_fusion_emitters": {(0, 10)},
+    "--xla_backend_optimization_level": {(0, 10), (0, 12)},
+    "--xla_llvm_disable_expensive_passes": {(0, 10), (0, 12)},
+}
+"""Versions of jaxlib that are known to have a flag of XLA: an unknown one ends the process."""
 
-    An unknown flag ends the process, so it is set only for versions that are known to have it.
-    """
-    flag, flags = "--xla_cpu_experimental_ynn_fusion_type", os.environ.get("XLA_FLAGS", "")
-    if flag not in flags and _jax_version() in YNN_FUSION:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}=".strip()
 
-
-YNN_FUSION = {(0, 10)}
+def add_flags(**values: str) -> None:
+    """Adds to XLA_FLAGS what this version knows and the user has not set."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    given = {flag.partition("=")[0] for flag in flags}
+    wanted = {f"--{name}": value for name, value in values.items()}
+    if new := [f"{k}={v}" for k, v in wanted.items() if k not in given and _jax_version() in FLAGS[k]]:
+        os.environ["XLA_FLAGS"] = " ".join(flags + new)
 
 
 def _keep_memory() -> None:

@@ -9,15 +9,14 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Compiling takes a fifth of the time; what is trained at length, in processes of its own, does without.
-os.environ.setdefault("XLA_FLAGS", " ".join((
-    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
-)))  # fmt: skip
 gc.set_threshold(100_000, 50)  # tracing makes much, and little of it is garbage
 
-from jaxgen.runtime import cache_dir, machine  # noqa: E402
+from jaxgen.runtime import add_flags, cache_dir, machine  # noqa: E402
 
+# Compiling takes a fifth of the time; what is trained at length, in processes of its own, does without.
+add_flags(
+    xla_backend_optimization_level="0", xla_llvm_disable_expensive_passes="true", xla_cpu_use_fusion_emitters="false"
+)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla-tests" / machine()))
 
 from jaxtyping import install_import_hook  # noqa: E402

@@ -39,6 +39,7 @@ experiment = Experiment(
         label="group",
         heldout=0.1,
         group_by="concept",
+        group_match="mer(?=man|maid|person)|.+",  # whose variants have concepts of their own
         size=64,
         augment=(RandomResizedCrop(64, scale=(0.6, 1.0)), Flip()),
     ),

@@ -43,6 +43,7 @@ experiment = Experiment(
         image="file",
         heldout=0.1,
         group_by="concept",
+        group_match="mer(?=man|maid|person)|.+",  # whose variants have concepts of their own
         size=64,
         augment=(RandomResizedCrop(64, scale=(0.9, 1.0), ratio=(1.0, 1.0)),),
         tokenizer=SentencePiece(vocab_size=1024),

@@ -49,6 +49,7 @@ experiment = Experiment(
         image="file",
         heldout=0.1,
         group_by="concept",
+        group_match="mer(?=man|maid|person)|.+",  # whose variants have concepts of their own
         size=64,
         tokenizer=SentencePiece(vocab_size=1024),
         length=24,

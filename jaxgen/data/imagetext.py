@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -214,6 +215,7 @@ class Images(Data):
       heldout: fraction that is held out.
       heldout_by: "name" holds out by a hash of the picture's name, "tail" the last pictures.
       group_by: a column whose equal values stay on one side; "" for the name itself.
+      group_match: a regular expression, whose match at the start of that value counts alone; "" for the whole.
       heldout_path: a source of its own for the held-out pictures, in place of the three above.
       max_bad: share of the pictures and captions that may be unusable; beyond it (and a handful) the run stops.
       max_pixels: a picture of more is taken for a decompression bomb.
@@ -236,6 +238,7 @@ class Images(Data):
     heldout: float = 0.1
     heldout_by: Literal["name", "tail"] = "name"
     group_by: str = ""
+    group_match: str = ""
     heldout_path: str = ""
     max_bad: float = 0.01
     max_pixels: int = MAX_PIXELS
@@ -258,6 +261,10 @@ class Images(Data):
             raise UserError(f"data.heldout_by is '{self.heldout_by}'; it is 'name' or 'tail'")
         if self.group_by and self.heldout_by == "tail":
             raise UserError("data.group_by goes with data.heldout_by 'name', not with 'tail'")
+        try:
+            re.compile(self.group_match)
+        except re.error as error:
+            raise UserError(f"data.group_match is {self.group_match!r}, no regular expression: {error}") from None
         if self.aspect > 1:
             self._check_aspect()
 
@@ -324,7 +331,8 @@ class Images(Data):
         if self.heldout_path:
             parts["heldout"] = open_pictures(self._in_root(self.heldout_path), self.image, images, cache)
         key = caching.key(VERSION, type(self).__name__, {n: s.fingerprint(cache, progress) for n, s in parts.items()},
-                          self._needs(), self.heldout, self.heldout_by, *self._numbering())
+                          self._needs(), self.heldout, self.heldout_by, *self._numbering(),
+                          *([self.group_match] if self.group_match else ()))
         directory = caching.build(cache / "pictures" / key, lambda d: self._write(d, parts, progress))
         meta = json.loads((directory / "meta.json").read_text())
         check_skipped(meta["skipped"], meta["bad"], meta["total"], self.max_bad)
@@ -343,6 +351,8 @@ class Images(Data):
                         part = name
                     else:
                         group = row.columns.get(self.group_by) if self.group_by else None
+                        if self.group_match and (found := re.match(self.group_match, str(group))):
+                            group = found[0]
                         held = i >= round(size * (1 - self.heldout)) if self.heldout_by == "tail" else \
                             _held(row.name if group is None else str(group), self.heldout)
                         part = "heldout" if held else "train"

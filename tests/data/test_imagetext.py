@@ -125,6 +125,9 @@ def test_what_is_held_out(folder):
     groups = {part: {int(name[:2]) // 2 for name in grouped.names(part)} for part in ("train", "heldout")}
     assert groups["heldout"] and not groups["train"] & groups["heldout"]
     assert all(len(grouped.names(part)) == 2 * len(groups[part]) for part in groups)
+    joined = prepared(folder, group_by="group", group_match=r"pair\d", heldout=0.3)  # by the first digit alone
+    digits = {part: {str(int(name[:2]) // 2)[0] for name in joined.names(part)} for part in ("train", "heldout")}
+    assert digits["heldout"] and not digits["train"] & digits["heldout"]
     # By name: a picture stays on its side when others come or go.
     before = set(prepared(folder).names("heldout"))
     lines = (folder / "t.tsv").read_text().splitlines()
@@ -461,6 +464,7 @@ def test_what_may_change_when_a_run_goes_on():
 @pytest.mark.parametrize("fields, message", [
     ({"size": 0}, "data.size is 0"), ({"heldout": 1.0}, "data.heldout is 1.0"), ({"max_bad": 2.0}, "data.max_bad is"),
     ({"channels": 2}, "data.channels is 2"), ({"length": 1}, "data.length is 1"), ({"heldout_by": "x"}, "'name' or"),
+    ({"group_match": "("}, "no regular expression"),
     ({"group_by": "g", "heldout_by": "tail"}, "data.group_by goes with"), ({"workers": -2}, "data.workers is -2")])
 def test_fields(fields, message):
     with pytest.raises(UserError, match=message):
