@@ -120,6 +120,7 @@ FLAGS = {
     "--xla_cpu_use_fusion_emitters": {(0, 10)},
     "--xla_backend_optimization_level": {(0, 10), (0, 12)},
     "--xla_llvm_disable_expensive_passes": {(0, 10), (0, 12)},
+    "--xla_cpu_parallel_codegen_split_count": {(0, 10), (0, 12)},
 }
 """Versions of jaxlib that are known to have a flag of XLA: an unknown one ends the process."""
 

@@ -15,7 +15,10 @@ from jaxgen.runtime import add_flags, cache_dir, machine  # noqa: E402
 
 # Compiling takes a fifth of the time; what is trained at length, in processes of its own, does without.
 add_flags(
-    xla_backend_optimization_level="0", xla_llvm_disable_expensive_passes="true", xla_cpu_use_fusion_emitters="false"
+    xla_backend_optimization_level="0",
+    xla_llvm_disable_expensive_passes="true",
+    xla_cpu_use_fusion_emitters="false",
+    xla_cpu_parallel_codegen_split_count="1",
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla-tests" / machine()))
 
