@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgen.cli.asking import asked
 from jaxgen.cli.editing import given
+from jaxgen.cli.guiding import guide_of
 from jaxgen.cli.main import DONE
 from jaxgen.data import buckets
-from jaxgen.data.captions import encode_captions
 from jaxgen.data.sheets import png, sheet
-from jaxgen.data.tokenizers import load
 from jaxgen.errors import UserError, nearest
 from jaxgen.evaluation.base import Setting
 from jaxgen.evaluation.pictures import PicturePreview, drawing
@@ -41,14 +41,20 @@ def draw(arguments: argparse.Namespace, opened: Any) -> int:
     beside = getattr(experiment.task, "beside", None)
     if sampling.image_guidance != 1 and not getattr(beside, "drop", 0):
         raise UserError(f"--image-guidance is of no use here: {opened.directory} edits no pictures by instructions")
-    batch, labels, unwanted = asked(arguments, opened)
     shown = given(arguments, beside, shape, opened.directory)
     shape = shown.shape
     experiment.task.check_shape(shape)
+    guide = guide_of(arguments, experiment.task, shape)
+    conditional = experiment.task.text is not None or getattr(experiment.task.network, "classes", 0)
+    if guide and not conditional and not arguments.negative:
+        batch, labels, unwanted = {}, guide.asked(arguments), None
+    else:
+        batch, labels, unwanted = asked(arguments, opened)
     sampling = dataclasses.replace(sampling, shape=shape)
     n = arguments.n or 16
     total = len(labels) * n
     index = np.tile(np.arange(n), len(labels))
+    guiding = guide and guide.guiding(labels, lambda array: np.repeat(array, n, 0))
     batch = {k: np.repeat(v, n, 0) for k, v in batch.items()}
     batch |= {k: np.repeat(v, total, 0) for k, v in shown.arrays.items()}
     unwanted = unwanted and {k: np.repeat(v[:1], total, 0) for k, v in unwanted.items()}
@@ -56,6 +62,7 @@ def draw(arguments: argparse.Namespace, opened: Any) -> int:
 
     frames: dict[int, np.ndarray] = {}
     more = {"callback": lambda step, x: frames.setdefault(int(step), np.asarray(x[0]))} if arguments.frames else {}
+    more |= {"guide": guide.kind} if guide else {}
     setting = Setting(experiment.task, None, program.sharding, spec, experiment.seed)
     at_a_time = min(BATCH, total)
     run = drawing(setting, at_a_time, sampling, **more)
@@ -69,14 +76,16 @@ def draw(arguments: argparse.Namespace, opened: Any) -> int:
         own = edit and dataclasses.replace(
             edit, start=edit.start[part], mask=None if edit.mask is None else edit.mask[part]
         )
-        found.append(run(opened.params, opened.state, cut(batch), index[part], arguments.seed, cut(unwanted), own))
+        asked_for = cut(batch), index[part], arguments.seed, cut(unwanted), own
+        told_guide = guiding and guiding.replace(wanted=cut(guiding.wanted))
+        found.append(run(opened.params, opened.state, *asked_for, told_guide))
     pictures = np.concatenate(found)
     if jax.process_index():
         return DONE
 
     labels = [label for label in labels for _ in range(n)]
     told = {"run": str(opened.directory), "step": opened.step, "weights": arguments.weights, "seed": arguments.seed}
-    told |= described(sampling)
+    told |= described(sampling) | (guide.told if guide else {})
     told |= {k: v for k in ("negative", "image", "mask", "extend", "image_noise") if (v := getattr(arguments, k))}
     told |= {"strength": edit.strength} if edit else {}
     folder = Path(arguments.out) if arguments.out else opened.directory / "drawn" / name_of(labels, arguments.seed)
@@ -116,7 +125,7 @@ def draw(arguments: argparse.Namespace, opened: Any) -> int:
 def settings(arguments: argparse.Namespace, experiment: Any) -> Sampling:
     """The run's own way to draw, as its previews have it, with what was chosen otherwise."""
     own = next((e.sampling for e in experiment.evaluations if isinstance(e, PicturePreview)), Sampling())
-    numbers = ("steps", "guidance", "image_guidance")
+    numbers = ("steps", "guidance", "interval", "rescale", "image_guidance")
     changes: dict[str, Any] = {k: v for k in numbers if (v := getattr(arguments, k)) is not None}
     if arguments.solver:
         changes["solver"] = chosen(arguments.solver, solvers, solvers.Solver, "--solver")()
@@ -169,72 +178,6 @@ def nearest_shape(
             "(data.aspect is 1); --size asks for another"
         )
     return table[int(buckets.nearest(table, height, width))]
-
-
-def asked(arguments: argparse.Namespace, opened: Any) -> tuple[dict[str, np.ndarray], list[str], dict | None]:
-    """(conditions, what they are called, conditions that are unwanted)."""
-    task, data, spec = opened.experiment.task, opened.experiment.data, opened.program.spec
-    if getattr(task, "text", None) is not None:
-        if getattr(arguments, "class"):
-            raise UserError(f"--class is of no use here: {opened.directory} takes a --prompt")
-        prompts = arguments.prompt
-        if not prompts:
-            raise UserError(f'{opened.directory} makes pictures of texts: say what they show with --prompt "..."')
-        tokenizer, length = load(opened.directory / "tokenizer"), spec["tokens"].shape[1]
-        for prompt in (*prompts, arguments.negative or ""):
-            told_of(prompt, tokenizer, length)
-
-        def encode(texts):
-            tokens, lengths = encode_captions(tokenizer, texts, length)
-            return {"tokens": tokens, "lengths": lengths}
-
-        return encode(prompts), list(prompts), arguments.negative and encode([arguments.negative])
-    if arguments.prompt or arguments.negative:
-        raise UserError(f"{opened.directory} knows no texts: --prompt and --negative are of no use")
-    wanted = getattr(arguments, "class")
-    classes = getattr(task.network, "classes", 0)
-    if not classes:
-        if wanted:
-            raise UserError(f"{opened.directory} knows no classes: --class is of no use")
-        return {}, [""], None
-    names = names_of(data, classes)
-    numbers = [number_of(w, names) for w in wanted] if wanted else list(range(classes))[: max(1, min(classes, 10))]
-    return {"label": np.asarray(numbers, np.int32)}, [names[i] for i in numbers], None
-
-
-def names_of(data: Any, classes: int) -> list[str]:
-    """What the classes are called, where the data says."""
-    try:
-        known = list(getattr(data, "classes", ()) or data.prepare().classes)
-    except (AttributeError, UserError):   # data on another machine
-        known = []
-    return [str(c) for c in known[:classes]] + [str(i) for i in range(len(known), classes)]
-
-
-def number_of(wanted: str, names: list[str]) -> int:
-    """The number of a class by its name or number."""
-    if wanted in names:
-        return names.index(wanted)
-    if wanted.isdecimal() and int(wanted) < len(names):
-        return int(wanted)
-    hint = "" if wanted.isdecimal() else nearest(wanted, names)
-    raise UserError(f"there is no class {wanted!r}{hint or f'; they are 0 to {len(names) - 1}'}")
-
-
-def told_of(prompt: str, tokenizer: Any, length: int) -> None:
-    """Says what of a prompt the model does not get to see."""
-    ids = np.asarray(tokenizer.encode(prompt))
-    if len(ids) >= length:
-        lost = tokenizer.decode(ids[length - 1 :].tolist())
-        print(f"the prompt is cut after {length - 1} tokens; left out is {lost!r}", file=sys.stderr)
-    unknown = [w for w in prompt.split() if set(np.asarray(tokenizer.encode(w)).tolist()) == {_unknown(tokenizer)}]
-    if unknown:
-        print(f"the run's vocabulary lacks {', '.join(map(repr, unknown))}", file=sys.stderr)
-
-
-def _unknown(tokenizer: Any) -> int:
-    found = getattr(tokenizer, "unknown", None)
-    return -1 if found is None else found
 
 
 # ---- what is said ----

@@ -13,8 +13,9 @@ from jaxgen.errors import UserError
 TEXT = {"max_new_tokens": 256, "temperature": 0.8, "top_p": 0.95}
 """Options of language models, with their defaults."""
 PICTURES = (
-    "class", "negative", "guidance", "image_guidance", "solver", "grid", "steps", "size", "aspect", "image", "strength",
-    "mask", "extend", "image_noise", "frames", "out",
+    "class", "negative", "guidance", "interval", "rescale", "image_guidance", "solver", "grid", "steps", "size",
+    "aspect", "image", "strength", "mask", "extend", "image_noise", "guide", "guide_step", "guide_scale", "frames",
+    "out",
 )  # fmt: skip
 """Options of models that make pictures; what is not given is as in the run's own previews."""
 
@@ -35,6 +36,10 @@ def parser() -> options.Parser:
     pictures.add_argument("--class", action="append", metavar="NAME", help="name or number (may be repeated)")
     pictures.add_argument("--negative", metavar="TEXT", help="what pictures should not show; needs --guidance")
     pictures.add_argument("--guidance", type=float, metavar="SCALE", help="how much the condition counts; 1 for none")
+    pictures.add_argument("--interval", type=interval, metavar="LOW,HIGH",
+                          help="times from 0 to 1 between which it counts")
+    pictures.add_argument("--rescale", type=float, metavar="SHARE",
+                          help="way back from its contrast to that of the picture without guidance, 0 to 1")
     pictures.add_argument("--solver", metavar="NAME", help="ddim, euler, heun, dpmpp_2m, unipc, ...")
     pictures.add_argument("--grid", metavar="NAME", help="how steps are spread: uniform, karras, exponential, shifted")
     pictures.add_argument("--steps", type=int, metavar="N", help="steps of the solver")
@@ -55,9 +60,23 @@ def parser() -> options.Parser:
                           help="how much --image counts in an edit, where --guidance is the instruction's; 1 for none")
     pictures.add_argument("--image-noise", type=float, metavar="S",
                           help="noise on a small --image that a model has drawn, 0 to 1 (0)")
+    pictures.add_argument("--guide", metavar="RUN",
+                          help="a run that guides: a weaker one of the same kind, away from what it does; or a CLIP or "
+                               "a classifier, toward pictures of which it says the prompt or class")
+    pictures.add_argument("--guide-step", type=options.step, metavar="N|latest|best", help="its step (latest)")
+    pictures.add_argument("--guide-scale", type=float, metavar="SCALE", help="how much it counts (2)")
     pictures.add_argument("--frames", action="store_true", help="also a sheet of the first picture after each step")
     pictures.add_argument("--out", metavar="DIR", help="where pictures go (RUN/drawn/NAME)")
     return parser
+
+
+def interval(text: str) -> tuple[float, float]:
+    """Two numbers, such as "0.2,0.8"."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"--interval is {text!r}, which should be two times, like 0.2,0.8") from None
+    return low, high
 
 
 def run(argv: Sequence[str]) -> int:

@@ -60,11 +60,12 @@ class PicturePreview(Evaluation):
 
 
 def drawing(setting: Setting, count: int, sampling: Sampling, **more: Any) -> Any:
-    """The drawing of up to `count` pictures: (params, state, conditions, index, seed, unwanted, edit) -> pictures.
+    """The drawing of up to `count` pictures: (params, state, conditions, index, seed, unwanted, edit, guiding) ->
+    pictures.
 
     Every process gets all of them. `conditions`, and those that are `unwanted`, are a batch's arrays of what is asked
     for. `index` numbers the pictures of the seed: picture i is the same in any batch and on any mesh. `more` goes to
-    the task's `sample`.
+    the task's `sample`; a `guide` of it gets `guiding` (`tasks.guides.Guiding`).
     """
     task, sharding = setting.task, setting.sharding
     rows = whole.whole_rows(sharding, count)
@@ -82,14 +83,17 @@ def drawing(setting: Setting, count: int, sampling: Sampling, **more: Any) -> An
         batch = {k: whole.padded(v, rows, v[0]) for k, v in batch.items()}
         return {k: jax.make_array_from_callback(v.shape, layout[k], v.__getitem__) for k, v in batch.items()}
 
-    def run(params, state, batch, index, seed, unwanted=None, edit=None):
+    def run(params, state, batch, index, seed, unwanted=None, edit=None, guiding=None):
+        own = dict(more)
+        if guiding is not None:
+            own["guide_args"] = guiding.replace(wanted=conditions(guiding.wanted), drawn=(params, state))
         if edit is not None:
             edit = dataclasses.replace(edit, start=placed(edit.start), mask=placed(edit.mask))
         unwanted = None if unwanted is None else conditions(unwanted)
         given = len(index)
         with sharding.use():
             keys = keys_of(seed, placed(np.asarray(index, np.int32)))
-            found = task.sample(params, state, conditions(batch), keys, sampling, unwanted=unwanted, edit=edit, **more)
+            found = task.sample(params, state, conditions(batch), keys, sampling, unwanted=unwanted, edit=edit, **own)
         return np.asarray(jax.jit(lambda x: x, out_shardings=sharding.replicated)(found))[:given]
 
     return run

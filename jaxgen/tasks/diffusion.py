@@ -307,10 +307,13 @@ class Diffusion(Task):
         """Pictures of what the network makes; points as they are."""
         if x.ndim != 4:
             return x
+        return jnp.clip(jnp.round(self.shown(params, state, x)), 0, 255).astype(jnp.uint8)
+
+    def shown(self, params: Params, state: Any, x: Float[Array, "B ..."]) -> Float[Array, "B H W C"]:
+        """The same before it is rounded and cut to 0 and 255."""
         if self.autoencoder is not None:
             x = self._coded(params, state, self._coded(params, state, x, "restore"), "decode")
-        shown = (x * jnp.asarray(self.std) + jnp.asarray(self.mean)) * 255
-        return jnp.clip(jnp.round(shown), 0, 255).astype(jnp.uint8)
+        return (x * jnp.asarray(self.std) + jnp.asarray(self.mean)) * 255
 
     def bits_per_dim(
         self, params: Params, state: Any, batch: Batch, keys: Array, steps: int = 64, probes: int = 1

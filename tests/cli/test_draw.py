@@ -1,5 +1,6 @@
 """`jaxgen sample` of runs that make pictures: what may be asked, what is written, and mistakes."""
 
+import argparse
 import json
 
 import jax
@@ -9,7 +10,9 @@ from jax import jit
 from PIL import Image
 
 from jaxgen import record
+from jaxgen.cli.asking import encoder
 from jaxgen.cli.main import main
+from jaxgen.cli.opened import open_run
 from jaxgen.data.digits import Digits
 from jaxgen.data.imagetext import LabelledImages
 from jaxgen.data.scenes import Scenes
@@ -17,10 +20,13 @@ from jaxgen.evaluation.pictures import PicturePreview
 from jaxgen.experiment import Experiment
 from jaxgen.models.dit import DiT
 from jaxgen.models.text import TextTower
+from jaxgen.models.vit import ViT
 from jaxgen.sampling.diffusion import Sampling
 from jaxgen.sampling.solvers import Ddim
 from jaxgen.sharding import unbox
 from jaxgen.tasks.beside import Before, Masked, Smaller
+from jaxgen.tasks.classification import Classification
+from jaxgen.tasks.contrastive import Contrastive
 from jaxgen.tasks.diffusion import Diffusion
 from jaxgen.training.checkpoint import Checkpoints
 from jaxgen.training.optimizers import AdamW
@@ -43,9 +49,13 @@ def folder(tmp_path_factory):
          Scenes(heldout=16, edits=True)),
         ("larger", Diffusion(NET.clone(classes=0), beside=Smaller(7)), Digits(heldout=16)),
         ("shapes", Diffusion(NET.clone(out=3, patch=4, classes=0)), LabelledImages(size=16, aspect=2.0, aspect_step=4)),
+        ("weaker", Diffusion(NET.clone(width=8)), Digits(heldout=16)),
+        ("blind", Diffusion(NET.clone(width=8, classes=0)), Digits(heldout=16)),
+        ("judge", Classification(ViT(patch=7, channels=1, width=16, depth=1, heads=2, out=10)), Digits(heldout=16)),
+        ("clip", Contrastive(ViT(patch=8, width=16, depth=1, heads=2, out=16), text), Scenes(heldout=16)),
     ]:
-        preview = PicturePreview(sampling=OWN)
-        experiment = Experiment(name, task, data, AdamW(1e-3), batch_size=8, steps=1, evaluations=(preview,))
+        previews = (PicturePreview(sampling=OWN),) if isinstance(task, Diffusion) else ()
+        experiment = Experiment(name, task, data, AdamW(1e-3), batch_size=8, steps=1, evaluations=previews)
         directory = path / "runs" / name
         record.store(directory, experiment)
         if (tokenizer := data.prepare().tokenizer) is not None:
@@ -95,8 +105,46 @@ def test_how_pictures_are_drawn(capsys):
                         "--steps", "5", "--guidance", "1", "--frames")
     assert told["solver"] == "DpmPP2M()" and told["grid"].startswith("Karras(") and told["steps"] == 5
     assert (drawn(capsys, "digits", "--n", "1", "--class", "1", "--guidance", "3")[1][0] != first[0]).any()
+    told, other = drawn(capsys, "digits", "--n", "1", "--class", "1", "--guidance", "3", "--interval", "0.1,0.6",
+                        "--rescale", "0.5")
+    assert (told["interval"], told["rescale"]) == ([0.1, 0.6], 0.5)
     frames = told["sheet"].replace("sheet.png", "frames.png")
     assert Image.open(frames).size[0] > 5 * 28  # five steps
+
+
+def test_another_run_guides(capsys):
+    """A weaker one at scale 1 changes nothing; a judge finds what it is asked for more and more likely."""
+    given = ["digits", "--class", "3", "--n", "2", "--guidance", "1"]
+    _, plain = drawn(capsys, *given)
+    for other in ("weaker", "blind"):
+        told, same = drawn(capsys, *given, "--guide", other, "--guide-scale", "1")
+        assert told["guide"] == "runs/" + other and np.abs(same[0] - plain[0]).max() <= 1
+        assert np.abs(drawn(capsys, *given, "--guide", other)[1][0] - plain[0]).max() > 1
+
+    judge = opened("judge")
+    asked = ["blind", "--class", "7", "--n", "4", "--steps", "8"]
+    found = []
+    for scale in ("0", "3", "10"):
+        told, pictures = drawn(capsys, *asked, "--guide", "judge", "--guide-scale", scale)
+        assert (told["guide_scale"], told["samples"][3]["asked"]) == (float(scale), "7")
+        image = np.stack(pictures)[..., None]
+        logits = judge.experiment.task.logits(judge.params, judge.state, {"image": image})
+        found.append(float(jax.nn.log_softmax(logits)[:, 7].mean()))
+    assert found[0] < found[1] < found[2]
+
+    clip = opened("clip")
+    words = jax.tree.map(jax.numpy.asarray, encoder(clip)([PROMPT]))
+    found = []
+    for scale in ("0", "30"):
+        _, pictures = drawn(capsys, "scenes", "--prompt", PROMPT, "--n", "2", "--guide", "clip", "--guide-scale", scale)
+        image = clip.experiment.task.embed_images(clip.params, {"image": jax.numpy.stack(pictures)}, clip.state)
+        found.append(float((image @ clip.experiment.task.embed_texts(clip.params, words).T).mean()))
+    assert found[0] < found[1]
+
+
+def opened(name):
+    asked = argparse.Namespace(run=name, run_dir=None, step="latest", weights="ema", devices=None, trust=())
+    return open_run(asked, "sample")
 
 
 def test_shapes(capsys):
@@ -177,6 +225,15 @@ def test_small_pictures_are_enlarged(capsys):
         (["digits", "--class", "12"], "there is no class '12'; they are 0 to 9"),
         (["digits", "--prompt", "a ring"], "knows no texts: --prompt and --negative are of no use"),
         (["digits", "--temperature", "1"], "--temperature is of no use here: runs/digits makes pictures"),
+        (["digits", "--guide-scale", "3"], "--guide-scale is for a run that guides: --guide RUN"),
+        (["digits", "--guide", "shapes"], "runs/shapes cannot guide: The data has 1 channels and task"),
+        (["digits", "--guide", "holes"], "sees a picture beside the noisy one (task.beside) cannot guide"),
+        (["blind", "--guide", "judge"], "runs/judge guides toward what is asked for: give a --class"),
+        (["blind", "--guide", "clip", "--class", "3"], "--class is of no use here: runs/clip guides"),
+        (["scenes", "--prompt", PROMPT, "--guide", "judge"], "there is no class 'two red squares"),
+        (["digits", "--guide", "none"], "none"),
+        (["digits", "--interval", "0.2"], "--interval is '0.2', which should be two times, like 0.2,0.8"),
+        (["digits", "--interval", "0.8,0.2"], "Guidance is between two times from 0 to 1, the lower first"),
         (["digits", "--steps", "0"], "--steps is 0, which should be at least 1"),
         (["digits", "--solver", "dpmpp2n"], "--solver is 'dpmpp2n'; did you mean 'dpmpp2s'?"),
         (["digits", "--grid", "spiral"], "--grid is 'spiral'; there are exponential, karras, shifted, uniform"),
