@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxgen import sharding
 from jaxgen.errors import UserError
 from jaxgen.models.conditions import Conditions, check_levels, check_out, with_image
+from jaxgen.nn import convolution
 from jaxgen.nn.attention import Mask, attention
 from jaxgen.nn.convolution import Conv
 from jaxgen.nn.dtypes import DType, resolve
@@ -39,7 +40,7 @@ def unit(x: Float[Array, "..."], axis: int | tuple[int, ...]) -> Float[Array, ".
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """SiLU over the root mean square that it has of a unit Gaussian (eq. 81)."""
-    return jax.nn.silu(x) / 0.596
+    return convolution.silu(x) / 0.596
 
 
 def mix(a: Float[Array, "..."], b: Float[Array, "..."], share: float) -> Float[Array, "..."]:

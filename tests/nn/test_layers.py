@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxgen.nn.convolution import silu
 from jaxgen.nn.dropout import dropout
 from jaxgen.nn.dtypes import resolve
 from jaxgen.nn.feedforward import FeedForward
@@ -63,3 +64,15 @@ def test_what_is_fast_on_cpu_is_the_plain_thing():
         ]  # fmt: skip
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), all_of(fast), all_of(plain))
+
+
+def test_silu():
+    """As float64 has it, with first and second derivatives, where its exponential overflows too."""
+    x = jnp.asarray([-500.0, -90.0, -20.0, -1.0, 0.0, 0.5, 30.0, 500.0])
+    wide = np.asarray(x, np.float64)
+    s = np.exp(-np.logaddexp(0, -wide))
+    np.testing.assert_allclose(silu(x), wide * s, rtol=1e-6, atol=1e-30)
+    slope, bend = jax.vmap(jax.grad(silu))(x), jax.vmap(jax.grad(jax.grad(silu)))(x)
+    np.testing.assert_allclose(slope, s * (1 + wide * (1 - s)), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(bend, s * (1 - s) * (2 + wide * (1 - 2 * s)), rtol=1e-5, atol=1e-6)
+    assert silu(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
