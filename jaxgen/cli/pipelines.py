@@ -1,4 +1,5 @@
-"""Whole pipelines of diffusers as runs of ours, and back: Stable Diffusion 1.x and 2.x, and DiT.
+"""Whole pipelines of diffusers as runs of ours, and back: Stable Diffusion 1.x and 2.x, those for
+inpainting too, and DiT.
 
 A run holds one network, one text tower and one autoencoder. What needs more (two towers, T5) comes in by its parts.
 """
@@ -29,6 +30,7 @@ from jaxgen.models.unet import UNet
 from jaxgen.sampling import solvers
 from jaxgen.sampling.diffusion import Sampling
 from jaxgen.sampling.grids import Grid, Karras, UniformGrid
+from jaxgen.tasks.beside import Masked
 from jaxgen.tasks.diffusion import Diffusion
 
 VERSION = "0.42.0"   # of diffusers, whose words these are
@@ -36,6 +38,7 @@ PARTS = {"unet": ("UNet2DConditionModel",), "transformer": ("DiTTransformer2DMod
          "text_encoder": ("CLIPTextModel",), "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast")}  # fmt: skip
 KINDS = {"StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
          "DiTPipeline": ("transformer", "vae", "scheduler")}  # fmt: skip
+INPAINTING = "StableDiffusionInpaintPipeline"
 LEFT = ("safety_checker", "feature_extractor", "image_encoder")
 """What is left out: nothing of it is needed to draw."""
 OURS = {"network": ("unet", "transformer"), "text": ("text_encoder",), "autoencoder": ("vae",)}
@@ -95,6 +98,7 @@ class Pipeline:
                              length=min(text.max_length, told or text.max_length))  # fmt: skip
         task = Diffusion(
             network, path, prediction, times=Steps(len(path.betas)), text=text, autoencoder=autoencoder,
+            beside=Masked() if _inpaints(network, autoencoder) else None,
             learned_variance=network.out == 2 * autoencoder.latent, locked=("text",) if text else (), **conditions,
         )  # fmt: skip
         prediction.check(path)
@@ -132,7 +136,8 @@ def opened(folder: str | Path) -> Pipeline:
         raise UserError(f"{folder} is a {name} without {' and '.join(missing)}; its parts are {', '.join(there)}")
     parts = {ours: component(path, part) for ours, theirs in OURS.items() for part in theirs if part in KINDS[kind]}
     network, autoencoder = parts["network"].module, parts["autoencoder"].module
-    if (channels := network.channels or network.out) != autoencoder.latent:
+    channels = network.channels or network.out
+    if channels != autoencoder.latent and not _inpaints(network, autoencoder):
         raise UserError(f"the network of {folder} takes {channels} channels, and latents have {autoencoder.latent}: "
                         f"what stands beside them is not imported{hint}")  # fmt: skip
     for field, what in (("pooled", "a pooled embedding"), ("sizes", "sizes")):
@@ -143,6 +148,12 @@ def opened(folder: str | Path) -> Pipeline:
     classes = _classes(told.get("id2label"), network.classes) if kind == "DiTPipeline" else ()
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     return Pipeline(path, kind, parts, scheduler, classes, tuple(part for part in LEFT if part in there))
+
+
+def _inpaints(network: Any, autoencoder: Any) -> bool:
+    """Whether a U-Net sees a mask and latents of what it leaves beside the noisy ones (Stable Diffusion's for
+    inpainting)."""
+    return isinstance(network, UNet) and network.channels == 2 * autoencoder.latent + 1
 
 
 def _known() -> set[str]:
@@ -222,7 +233,8 @@ def exported(opened: Any, tokenizer: Any, out: Path, dtype: str) -> tuple[str, l
         parts["text_encoder"] = task.text.clone(out=0), {"params": plain}
     size = getattr(data, "size", SIZE * task.autoencoder.factor)
     sizes = {"vae": size, "text_encoder": 0}
-    told: dict[str, Any] = {"_class_name": kind, "_diffusers_version": VERSION}
+    name = INPAINTING if task.beside is not None else kind
+    told: dict[str, Any] = {"_class_name": name, "_diffusers_version": VERSION}
     files, tensors, names = {}, {}, {}
     for name, (module, leaves) in parts.items():
         format = format_for(module)
@@ -250,7 +262,7 @@ def exported(opened: Any, tokenizer: Any, out: Path, dtype: str) -> tuple[str, l
             write_whole(out / name, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
-    return kind, paths
+    return told["_class_name"], paths
 
 
 def _writable(task: Diffusion, directory: Path) -> str:
@@ -265,7 +277,8 @@ def _writable(task: Diffusion, directory: Path) -> str:
         "there is no text tower": text and task.text is None,
         "the network is told classes beside a text": text and getattr(task.network, "classes", 0) > 0,
         "the network is told a pooled embedding": getattr(task.network, "pooled", 0) > 0,
-        "a picture stands beside the noisy one": getattr(task, "beside", None) is not None,
+        "the picture beside the noisy one is not what a mask leaves": not isinstance(task.beside, Masked | None),
+        "a mask stands beside the noisy picture": kind == "DiTPipeline" and isinstance(task.beside, Masked),
         "the network sees no padding of a text (task.masked)": text and task.masked,
         f"task.kept is {task.kept}, and an empty text has CLIP's start there": text and task.kept != 1,
         f"the path is a {type(task.path).__name__}, no Table of betas": not isinstance(task.path, Table),

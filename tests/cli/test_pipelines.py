@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interop.drawn import GOLDEN, GUIDANCE, LENGTH, PROMPTS, STEPS, pipeline_folder
+from interop.drawn import GOLDEN, GUIDANCE, LENGTH, PROMPTS, STEPS, hole, pipeline_folder
 from jax import jit
 from PIL import Image
 
@@ -31,10 +31,11 @@ from jaxgen.record import from_record, stored
 from jaxgen.sampling import solvers
 from jaxgen.sampling.diffusion import Sampling
 from jaxgen.sampling.grids import Karras, UniformGrid
+from jaxgen.tasks.beside import Masked, Smaller
 from jaxgen.tasks.diffusion import Diffusion
 
 heavy = pytest.mark.experiments  # many programs to compile
-NAMES = [pytest.param("sd1", marks=heavy), pytest.param("sd2", marks=heavy), "dit"]
+NAMES = [*(pytest.param(name, marks=heavy) for name in ("sd1", "sd2", "inpainting")), "dit"]
 
 
 def jaxgen(*words) -> int:
@@ -84,8 +85,13 @@ def test_draws_what_diffusers_draws(name, imported):
     @jit
     def draw(params, state, x):
         denoise, told = task.model.denoiser(params["network"]), task.condition(params, batch)
+        beside = None
+        if name == "inpainting":
+            image, mask = hole()
+            beside = task.seen_beside(params, state, {"before": (image + 1) * 127.5, "mask": mask}, None)
+        told = told.replace(image=beside)
         if name != "dit":
-            null = task.condition(params, batch, jnp.ones(2, bool))
+            null = task.condition(params, batch, jnp.ones(2, bool)).replace(image=beside)
             denoise = guidance.classifier_free(denoise, null, GUIDANCE)
         levels = UniformGrid().levels(task.path, STEPS, STEPS)
         keys = jax.random.split(jax.random.key(0), 2)
@@ -96,6 +102,8 @@ def test_draws_what_diffusers_draws(name, imported):
         x, pictures = draw(run.params, run.state, jnp.asarray(io["latents"]))
     if "out" in io:
         assert io["out"].std() > 1 and np.abs(x - io["out"]).max() < 1e-3 * np.abs(io["out"]).max()
+    if "pictures" not in io:
+        return
     wanted = np.round(io["pictures"] * 255)
     assert wanted.std() > 50 and np.abs(np.asarray(pictures, int) - wanted).max() <= 1
 
@@ -138,6 +146,7 @@ def test_what_the_directory_says(folder):
     assert (task.kept, task.padding, task.masked, task.locked) == (1, None, False, ("text",))
     assert (data.size, data.length, task.autoencoder.scale) == (32, LENGTH, 0.18215)
     assert preview.sampling == Sampling(solvers.Ddim(), UniformGrid(offset=1), 50, 7.5)
+    assert task.beside is None and described(folder("inpainting"))[0].beside == Masked()
     task = described(folder("sd2"))[0]
     assert task.path == Table.scaled_linear().zero_terminal_snr() and task.prediction == V()
     assert (task.padding, task.text.activation, task.network.head_dim) == (0, "gelu_exact", 8)
@@ -248,8 +257,8 @@ def changed(source: Path, at: Path, file: str, **told) -> Path:
          "with text_encoder (T5EncoderModel) and transformer (FluxTransformer2DModel)"),
         ("sd1", "model_index.json", {"vae": [None, None]},
          "is a StableDiffusionPipeline without vae; its parts are"),
-        ("sd1", "unet/config.json", {"in_channels": 9},
-         "takes 9 channels, and latents have 4: what stands beside them is not imported; what can be imported is "
+        ("sd1", "unet/config.json", {"in_channels": 8},
+         "takes 8 channels, and latents have 4: what stands beside them is not imported; what can be imported is "
          "--part unet"),
         ("sd1", "unet/config.json", {"num_class_embeds": 3}, "is told classes beside a text, which is not imported"),
         ("dit", "transformer/config.json", {"num_layers": 4, "activation_fn": "gelu"}, "do not fit the model in"),
@@ -290,6 +299,7 @@ def test_mistakes_of_export(folder):
         ({"masked": True}, "sees no padding of a text"),
         ({"kept": 0}, "task.kept is 0, and an empty text has CLIP's start there"),
         ({"autoencoder": None}, "there is no autoencoder, and its pipelines are of latents"),
+        ({"beside": Smaller()}, "the picture beside the noisy one is not what a mask leaves"),
         ({"path": Cosine()}, "the path is a Cosine, no Table of betas"),
     ):
         with pytest.raises(UserError, match=f"runs/x cannot be written as a pipeline of diffusers: .*{message}"):

@@ -33,6 +33,15 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return (noise / np.sqrt(np.prod(shape[1:])) * (1.2 if len(shape) == 4 else 1.0)).astype(np.float32)
 
 
+def hole() -> tuple[np.ndarray, np.ndarray]:
+    """Two pictures (2, 32, 32, 3) of -1 to 1, and the mask (2, 32, 32, 1) of what is hidden of each, by 8 pixels."""
+    random = np.random.RandomState(1)
+    image = np.repeat(np.repeat(random.uniform(-1, 1, (2, 4, 4, 3)), 8, 1), 8, 2).astype(np.float32)
+    image = np.round((image + 1) * 127.5) / 127.5 - 1
+    mask = random.randint(0, 2, (2, 4, 4, 1)).astype(np.float32)
+    return image.astype(np.float32), np.repeat(np.repeat(mask, 8, 1), 8, 2)
+
+
 def model_folder(folder: Path, at: Path) -> Path:
     """The golden model in `folder`; one without weights gets them drawn, in a copy at `at`."""
     if not (folder / "drawn.json").is_file():
@@ -47,7 +56,7 @@ def model_folder(folder: Path, at: Path) -> Path:
 
 
 def pipeline_folder(name: str, at: Path) -> Path:
-    """The golden pipeline `name` (sd1, sd2, dit) as a folder `at`, whole, as it would be downloaded."""
+    """The golden pipeline `name` (sd1, sd2, inpainting, dit) as a folder `at`, whole, as it would be downloaded."""
     shutil.copytree(GOLDEN / f"pipeline_{name}", at, ignore=shutil.ignore_patterns("io.npz"))
     copy = shutil.ignore_patterns("io.npz")
     shutil.copytree(GOLDEN / "autoencoder", at / "vae", ignore=copy)

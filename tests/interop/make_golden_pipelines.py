@@ -1,7 +1,7 @@
 """Makes the golden files of `tests/interop/golden/pipeline_*`: tiny pipelines of diffusers with drawn weights, and what
 they draw. Run by hand, where torch, diffusers and transformers are:
 
-    python tests/interop/make_golden_pipelines.py
+    python tests/interop/make_golden_pipelines.py [sd1 ...]
     python tests/interop/make_golden_pipelines.py --check sd1 DIR   # DIR as `jaxgen export` writes it
 
 A folder holds what `drawn.pipeline_folder` makes a whole pipeline of, with the autoencoder, the tokenizer and the
@@ -18,7 +18,7 @@ import diffusers as d
 import numpy as np
 import torch
 import transformers as t
-from drawn import GUIDANCE, LABELS, LENGTH, PROMPTS, STEPS, draw, pipeline_folder
+from drawn import GUIDANCE, LABELS, LENGTH, PROMPTS, STEPS, draw, hole, pipeline_folder
 from make_golden import HERE, arrays, write_io
 from make_golden_diffusers import nhwc, normal
 
@@ -36,6 +36,8 @@ MODELS = {
     "sd1": (dict(attention_head_dim=2), dict(hidden_act="quick_gelu", pad_token_id=519), dict(BETAS), "<|endoftext|>"),
     "sd2": (dict(attention_head_dim=(1, 2), use_linear_projection=True), dict(hidden_act="gelu", pad_token_id=0),
             dict(BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True), "!"),
+    "inpainting": (dict(attention_head_dim=2, in_channels=9), dict(hidden_act="quick_gelu", pad_token_id=519),
+                   dict(BETAS), "<|endoftext|>"),
 }  # fmt: skip
 
 
@@ -56,15 +58,16 @@ def save_index(folder: Path, kind: str, scheduler: d.DDIMScheduler, **parts) -> 
 
 def save_stable(name: str) -> None:
     more, text, betas, padding = MODELS[name]
-    folder = HERE / f"pipeline_{name}"
+    folder, kind = HERE / f"pipeline_{name}", "Inpaint" if name == "inpainting" else ""
     save_index(
-        folder, "StableDiffusionPipeline", d.DDIMScheduler(timestep_spacing="trailing", steps_offset=1, **betas),
+        folder, f"StableDiffusion{kind}Pipeline",
+        d.DDIMScheduler(timestep_spacing="trailing", steps_offset=1, **betas),
         unet=["diffusers", "UNet2DConditionModel"], vae=["diffusers", "AutoencoderKL"],
         text_encoder=["transformers", "CLIPTextModel"], tokenizer=["transformers", "CLIPTokenizer"],
         safety_checker=[None, None], feature_extractor=["transformers", "CLIPImageProcessor"],
         requires_safety_checker=False,
     )  # fmt: skip
-    save(folder / "unet", d.UNet2DConditionModel(**UNET, **more))
+    save(folder / "unet", d.UNet2DConditionModel(**UNET | more))
     config = t.CLIPTextConfig(**TEXT, **text, architectures=["CLIPTextModel"])
     save(folder / "text_encoder", t.CLIPTextModel(config), "text_model.")
     special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token=padding)
@@ -98,13 +101,19 @@ def run(name: str, folder: Path) -> dict[str, np.ndarray]:
         generator = torch.Generator().manual_seed(0)
         pictures = pipeline([1, 4], generator=generator, output_type="np", **settings).images
         return arrays(latents=nhwc(normal(2, 4, 8, 8)), pictures=pictures)
-    pipeline = d.StableDiffusionPipeline.from_pretrained(folder, feature_extractor=None)
+    kind = d.StableDiffusionInpaintPipeline if name == "inpainting" else d.StableDiffusionPipeline
+    pipeline = kind.from_pretrained(folder, feature_extractor=None)
     pipeline.set_progress_bar_config(disable=True)
     for part, before in ((pipeline.unet, ""), (pipeline.text_encoder, "text_model.")):
         for key, value in part.state_dict().items():   # every weight came in
             assert np.array_equal(value.numpy(), draw(before + key.removeprefix(before), tuple(value.shape))), key
     latents = normal(2, 4, 8, 8)
     told = dict(prompt=list(PROMPTS), latents=latents, height=32, width=32, **settings)
+    if name == "inpainting":   # the mean of what is left as latents, where it would draw them by itself
+        image, mask = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in hole())
+        seen = pipeline.vae.encode(image * (1 - mask)).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        told |= dict(image=image, mask_image=mask, masked_image_latents=seen)
+        return arrays(latents=nhwc(latents), out=nhwc(pipeline(**told, output_type="latent").images))
     out = pipeline(**told, output_type="latent").images
     return arrays(latents=nhwc(latents), out=nhwc(out), pictures=pipeline(**told, output_type="np").images)
 
@@ -121,6 +130,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--check"]:
         check(sys.argv[2], Path(sys.argv[3]))
     else:
-        for each in MODELS:
-            save_stable(each)
-        save_dit()
+        for each in sys.argv[1:] or [*MODELS, "dit"]:
+            save_dit() if each == "dit" else save_stable(each)
