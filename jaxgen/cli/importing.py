@@ -135,7 +135,7 @@ def _pipeline(arguments: argparse.Namespace, destination: Path) -> Imported | No
     asked = '--prompt "..."' if tokenizer is not None else "--class NAME"
     left = f" (without {', '.join(found.left)})" if found.left else ""
     return Imported(
-        f"diffusers {found.kind}{left}", experiment, tuple(found.parts.values()),
+        f"diffusers {pipelines.INPAINTING if task.beside else found.kind}{left}", experiment, tuple(found.parts.values()),
         lambda program: found.read(program.sharding), tokenizer,
         f"jaxgen sample {destination} {asked} draws with it",
     )  # fmt: skip
