@@ -134,8 +134,9 @@ def _pipeline(arguments: argparse.Namespace, destination: Path) -> Imported | No
     experiment = Experiment(_named(destination), task, data, AdamW(), BATCH, steps=1, evaluations=(preview,))
     asked = '--prompt "..."' if tokenizer is not None else "--class NAME"
     left = f" (without {', '.join(found.left)})" if found.left else ""
+    kind = pipelines.INPAINTING if task.beside else found.kind
     return Imported(
-        f"diffusers {pipelines.INPAINTING if task.beside else found.kind}{left}", experiment, tuple(found.parts.values()),
+        f"diffusers {kind}{left}", experiment, tuple(found.parts.values()),
         lambda program: found.read(program.sharding), tokenizer,
         f"jaxgen sample {destination} {asked} draws with it",
     )  # fmt: skip
