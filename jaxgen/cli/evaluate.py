@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from hashlib import sha256
@@ -35,7 +36,7 @@ def parser() -> options.Parser:
                        f"(of drawn scenes) and {LIKELIHOOD} (bits per dimension)")
     drawn.add_argument("--features", metavar="FILE", help="FID's InceptionV3 (.safetensors or .npz), or the run or "
                        "experiment file of a classifier (the one that the run's experiment names)")
-    drawn.add_argument("--n", type=int, metavar="N", help="pictures to draw (10,000)")
+    drawn.add_argument("--n", type=int, metavar="N", help="pictures to draw (10,000; for facts, 1,024 of each split)")
     return parser
 
 
@@ -134,7 +135,8 @@ def of_metrics(arguments: argparse.Namespace, experiment: Any) -> tuple[Any, ...
         if RECOGNISED in names:
             found.append(Recognised(n=arguments.n or Recognised.n, sampling=sampling, classifier=features))
         if FACTS in names:
-            found.append(FactsRight(n=arguments.n or FactsRight.n, sampling=sampling))
+            captions = math.ceil(arguments.n / FactsRight.each) if arguments.n else FactsRight.n
+            found.append(FactsRight(n=captions, sampling=sampling))
     if LIKELIHOOD in names:
         found.append(BitsPerDim(n=arguments.n or 0))
     return tuple(found)

@@ -21,6 +21,7 @@ FILE = textwrap.dedent("""
     import dataclasses
     import jax.numpy as jnp
     from jaxgen.data.digits import Digits
+    from jaxgen.data.scenes import Scenes
     from jaxgen.evaluation.generated import Recognised
     from jaxgen.experiment import Experiment
     from jaxgen.pretrained import Pretrained
@@ -42,6 +43,7 @@ FILE = textwrap.dedent("""
             return batch["label"] + params["model"]["w"][0]
 
     plain = Experiment("plain", Copies(), Digits(heldout=16), AdamW(1e-3), batch_size=8, steps=1)
+    scenes = dataclasses.replace(plain, name="scenes", data=Scenes(heldout=16))
     experiment = dataclasses.replace(
         plain, name="toy",
         evaluations=(Recognised(n=16, classifier=Pretrained("runs/digits"), sampling=Sampling(steps=100)),),
@@ -58,7 +60,7 @@ def folder(tmp_path_factory):
     module = load(file)
     model = ViT(out=10, patch=14, width=8, depth=1, heads=2, image_size=28, channels=1)
     digits = Experiment("digits", Classification(model), Digits(heldout=16), AdamW(1e-3), batch_size=8, steps=1)
-    for experiment in (digits, module.experiment, module.plain):
+    for experiment in (digits, module.experiment, module.plain, module.scenes):
         directory = path / "runs" / experiment.name
         record.store(directory, experiment)
         checkpoints = Checkpoints(directory / "checkpoints")
@@ -94,6 +96,13 @@ def test_metrics_of_what_a_run_draws(folder, capsys):
     assert other["features_hash"] == settings["features_hash"] and other["weights"] == "raw"
     assert other["sampling"]["steps"] != 100
     assert given["metrics"]["eval/generated/fd"] < own["metrics"]["eval/generated/fd"]   # less dark
+
+
+def test_facts_of_as_many_pictures_as_asked(capsys):
+    """Which need no network to be seen with."""
+    found = told(capsys, "scenes", "--metrics", "facts", "--n", "22")
+    assert {"eval/facts/mean", "eval/facts/shape", "eval/facts/unseen/mean"} <= set(found["metrics"])
+    assert "6 captions of each split, 4 pictures each" in found["texts"]["facts"]
 
 
 def test_a_runs_own_evaluations_name_a_classifier(capsys):
