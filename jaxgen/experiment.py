@@ -263,20 +263,21 @@ def _source(
         files.existing(source)
     except UserError as error:
         raise NoSource(f"{path} is to come from {source}, but {error}") from None
-    smoke, _ = resolve(select(load(source), smoke=True), (*trust, source), weights=False)
-    return _smoke_run(source, trust, weights), record.to_record(smoke), (source,)
+    smoke = select(load(source), smoke=True)
+    described, _ = resolve(smoke, (*trust, source), weights=False)
+    return trained(smoke, (*trust, source), weights), record.to_record(described), (source,)
 
 
-def _smoke_run(file: Path, trust: tuple[str | Path, ...], weights: bool) -> Path:
-    """The finished run of a file's smoke form, trained once for all users of the same record."""
-    smoke = select(load(file), smoke=True)
-    digest = hashlib.sha256(json.dumps(record.to_record(smoke), sort_keys=True).encode()).hexdigest()[:16]
-    directory = runtime.cache_dir() / "pretrained" / f"{smoke.name}-{digest}"
+def trained(experiment: Experiment, trust: Iterable[str | Path] = (), weights: bool = True) -> Path:
+    """The finished run of an experiment in the cache, trained once for all users of the same record. Without `weights`
+    it is not trained: where it would be."""
+    digest = hashlib.sha256(json.dumps(record.to_record(experiment), sort_keys=True).encode()).hexdigest()[:16]
+    directory = runtime.cache_dir() / "pretrained" / f"{experiment.name}-{digest}"
     if weights and not (directory / "done").exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         alone = jax.process_count() == 1   # the processes of one run enter together
         with files.locked(directory.with_name(f"{directory.name}.lock")) if alone else contextlib.nullcontext():
             if not (directory / "done").exists():
-                train(smoke, run_dir=directory, trust=(*trust, file))
+                train(experiment, run_dir=directory, trust=trust)
                 (directory / "done").touch()
     return directory

@@ -26,7 +26,7 @@ def asked(arguments: argparse.Namespace, opened: Any) -> tuple[dict[str, np.ndar
         for prompt in (*prompts, arguments.negative or ""):
             told_of(prompt, tokenizer, length)
         encode = encoder(opened)
-        return encode(prompts), list(prompts), arguments.negative and encode([arguments.negative])
+        return encode(prompts), list(prompts), encode([arguments.negative]) if arguments.negative else None
     if arguments.prompt or arguments.negative:
         raise UserError(f"{opened.directory} knows no texts: --prompt and --negative are of no use")
     wanted = getattr(arguments, "class")
@@ -46,7 +46,8 @@ def told_of(prompt: str, tokenizer: Any, length: int) -> None:
     if len(ids) >= length:
         lost = tokenizer.decode(ids[length - 1 :].tolist())
         print(f"the prompt is cut after {length - 1} tokens; left out is {lost!r}", file=sys.stderr)
-    unknown = [w for w in prompt.split() if set(np.asarray(tokenizer.encode(w)).tolist()) == {_unknown(tokenizer)}]
+    words, known_not = dict.fromkeys(prompt.split()), {_unknown(tokenizer)}
+    unknown = [word for word in words if set(np.asarray(tokenizer.encode(word)).tolist()) == known_not]
     if unknown:
         print(f"the run's vocabulary lacks {', '.join(map(repr, unknown))}", file=sys.stderr)
 

@@ -76,6 +76,8 @@ def given(arguments: argparse.Namespace, beside: Beside | None, shape: tuple[int
     picture = np.asarray(picture.resize((shape[1], shape[0]), Image.Resampling.LANCZOS)).reshape(shape)
     if mask is not None:
         mask = np.asarray(mask.resize((shape[1], shape[0]), Image.Resampling.BOX))
+        if not (mask > 127).any():
+            raise UserError(f"the mask {arguments.mask} is black everywhere: white is what is to be made anew")
     if arguments.extend is not None:
         left, top, right, bottom = sides_of(arguments.extend)
         around = ((top, bottom), (left, right))

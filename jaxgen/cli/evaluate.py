@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
 
     experiment, program = opened.experiment, opened.program
     if arguments.metrics is not None:
-        evaluations = of_metrics(arguments, experiment)
+        evaluations = of_metrics(arguments, opened)
     elif not (evaluations := experiment.evaluations):
         raise UserError(f"the experiment of {opened.directory} has no evaluations")
     console = Console(1, "", jax.process_index() == 0)
@@ -63,7 +63,7 @@ def run(argv: Sequence[str]) -> int:
     experiment.task.check_data(data)
     setting = Setting(experiment.task, data, program.sharding, program.spec, experiment.seed, console.skipped)
     metrics, texts, images = {}, {}, {}
-    for evaluation in ready(evaluations, arguments, program.sharding):
+    for evaluation in ready(evaluations, arguments, program.sharding, opened.weights):
         report = evaluation.build(setting)(opened.params, opened.state, opened.step)
         metrics |= {f"eval/{evaluation.name}/{name}": value for name, value in report.metrics.items()}
         texts |= report.texts
@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
         return DONE
     overrides += [word for name in ("metrics", "features", "n") if (value := getattr(arguments, name)) is not None
                   for word in (f"--{name}", str(value))]  # fmt: skip
-    told = {"run": str(opened.directory), "step": opened.step, "weights": arguments.weights, "overrides": overrides}
+    told = {"run": str(opened.directory), "step": opened.step, "weights": opened.weights, "overrides": overrides}
     told |= {"metrics": metrics, "texts": {k: v for k, v in texts.items() if not k.endswith(SETTINGS)}}
     if decided := {k.removesuffix(SETTINGS): json.loads(v) for k, v in texts.items() if k.endswith(SETTINGS)}:
         told["results"] = decided
@@ -80,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
     if arguments.json:
         print(json.dumps(told, indent=1))
         return DONE
-    print(f"{opened.directory}, step {opened.step}, {arguments.weights} weights")
+    print(f"{opened.directory}, step {opened.step}, {opened.weights} weights")
     width = max(map(len, metrics), default=0)
     for name, value in metrics.items():
         print(f"{name:<{width}}  {value:.6g}")
@@ -104,11 +104,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--features is {arguments.features}, and there is no such file or run")
 
 
-def of_metrics(arguments: argparse.Namespace, experiment: Any) -> tuple[Any, ...]:
+def of_metrics(arguments: argparse.Namespace, opened: Any) -> tuple[Any, ...]:
     """The evaluations that --metrics names, of pictures drawn as the experiment draws them for its own."""
     from jaxgen.evaluation.generated import METRICS, BitsPerDim, Drawing, FactsRight, Generated, Recognised
     from jaxgen.sampling.diffusion import Sampling
 
+    experiment = opened.experiment
     names = [name.strip() for name in arguments.metrics.split(",") if name.strip()]
     pictures = (*METRICS, RECOGNISED, FACTS)
     known = (*pictures, LIKELIHOOD)
@@ -126,9 +127,14 @@ def of_metrics(arguments: argparse.Namespace, experiment: Any) -> tuple[Any, ...
         sampling = next((way for way in ways if isinstance(way, Sampling)), Sampling())
         features = _network(arguments.features) or _named(experiment)
         if features is None and drawn != (FACTS,):
+            from jaxgen.cli.features import own_network
+
+            features = own_network(opened, arguments.trust)
+        if features is None and drawn != (FACTS,):
             raise UserError(
-                "a network is needed to see pictures with, and the run's experiment names none: give --features FILE, "
-                "FID's InceptionV3 as .safetensors or .npz, or the run directory of a classifier"
+                "a network is needed to see pictures with, the run's experiment names none, and its data has neither "
+                "classes nor captions to train one: give --features FILE, FID's InceptionV3 as .safetensors or .npz, "
+                "or the run directory of a classifier"
             )
         if compared := tuple(name for name in METRICS if name in names):
             found.append(Generated(n=arguments.n or Drawing.n, sampling=sampling, metrics=compared, features=features))
@@ -164,7 +170,7 @@ def _named(experiment: Any) -> Any:
     return next((network for network in named if network is not None), None)
 
 
-def ready(evaluations: Sequence[Any], arguments: argparse.Namespace, sharding: Any) -> list[Any]:
+def ready(evaluations: Sequence[Any], arguments: argparse.Namespace, sharding: Any, weights: str) -> list[Any]:
     """The evaluations with the networks that they name, and told which weights they measure."""
     from jaxgen.evaluation.features import filled
     from jaxgen.evaluation.generated import Drawing
@@ -176,7 +182,7 @@ def ready(evaluations: Sequence[Any], arguments: argparse.Namespace, sharding: A
         return network(pretrained, source.directory, sharding, arguments.trust)
 
     found = [filled(evaluation, opened) for evaluation in evaluations]
-    return [dataclasses.replace(e, weights=arguments.weights) if isinstance(e, Drawing) else e for e in found]
+    return [dataclasses.replace(e, weights=weights) if isinstance(e, Drawing) else e for e in found]
 
 
 def _keep(folder: Path, told: dict[str, Any], images: dict[str, Any]) -> Path | None:

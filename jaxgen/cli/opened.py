@@ -22,6 +22,8 @@ class Opened:
     experiment: Any
     program: Any
     step: int
+    weights: str
+    """"ema" or "raw"."""
     params: dict[str, Any]   # by part, on the mesh
     state: Any
 
@@ -69,7 +71,8 @@ def open_run(arguments: argparse.Namespace, verb: str, overrides: Sequence[str] 
     meshed = any(word.startswith("--mesh.") for word in overrides)
     experiment, program = _program(_own_tokenizer(experiment, directory), meshed)
     found = weights_of(directory, experiment, program, arguments.weights, arguments.step)
-    return Opened(directory, experiment, program, found.step, found.params, found.state)
+    weights = "ema" if found.averaged else "raw"
+    return Opened(directory, experiment, program, found.step, weights, found.params, found.state)
 
 
 def _allowed(overrides: Sequence[str]) -> None:

@@ -80,11 +80,12 @@ def draw(arguments: argparse.Namespace, opened: Any) -> int:
         told_guide = guiding and guiding.replace(wanted=cut(guiding.wanted))
         found.append(run(opened.params, opened.state, *asked_for, told_guide))
     pictures = np.concatenate(found)
+    jax.effects_barrier()  # until all frames are here
     if jax.process_index():
         return DONE
 
     labels = [label for label in labels for _ in range(n)]
-    told = {"run": str(opened.directory), "step": opened.step, "weights": arguments.weights, "seed": arguments.seed}
+    told = {"run": str(opened.directory), "step": opened.step, "weights": opened.weights, "seed": arguments.seed}
     told |= described(sampling) | (guide.told if guide else {})
     told |= {k: v for k in ("negative", "image", "mask", "extend", "image_noise") if (v := getattr(arguments, k))}
     told |= {"strength": edit.strength} if edit else {}

@@ -86,9 +86,14 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {value}, which should be at least {least}")
     if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         raise UserError(f"--top-p is {arguments.top_p}, which should be above 0 and at most 1")
-    for name in ("strength", "image_noise"):
+    for name in ("strength", "image_noise", "rescale"):
         if (value := getattr(arguments, name)) is not None and not 0 <= value <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}, which should be from 0 to 1")
+    for name in ("guidance", "image_guidance", "guide_scale"):
+        if (value := getattr(arguments, name)) is not None and not abs(value) <= 1e9:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, which should be a number of at most 1e9")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed is {arguments.seed}, which should be from 0 to {2**32 - 1}")
     from jaxgen.cli.opened import open_run
 
     opened = open_run(arguments, "sample")

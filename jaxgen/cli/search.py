@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
     ranked = rank(found, _text(opened, encode, query))[: arguments.top]
     place = opened.directory / "search" / f"{_slug(query)}.png"
     sheet = _draw(ranked, arguments.sheet, place, getattr(opened.experiment.data, "view", None))
-    told = {"run": str(opened.directory), "step": opened.step, "weights": arguments.weights, "query": query}
+    told = {"run": str(opened.directory), "step": opened.step, "weights": opened.weights, "query": query}
     told |= {"query_unread": unread} if unread else {}
     if arguments.json:
         results = [{"file": str(path), "similarity": round(value, 6)} for path, value in ranked]

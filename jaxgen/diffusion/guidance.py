@@ -138,19 +138,24 @@ def _toward(path: Path, t, scale, slope):
     return along(weight, slope) * slope
 
 
-def within(denoise: Denoise, low: float = -1.0, high: float = 1.0) -> Denoise:
+Bound = float | Float[Array, "..."]
+"""A value, or one for each channel."""
+
+
+def within(denoise: Denoise, low: Bound = -1.0, high: Bound = 1.0) -> Denoise:
     """x0 cut to the values that pictures have."""
     return lambda x, t, condition: jnp.clip(denoise(x, t, condition), low, high)
 
 
-def dynamic(denoise: Denoise, share: Scale = 0.995) -> Denoise:
-    """Each x0 divided by the quantile `share` of its absolute values where that is above 1, and cut to -1 and 1
-    (Saharia et al. 2022, section 2.3: dynamic thresholding)."""
+def dynamic(denoise: Denoise, low: Bound = -1.0, high: Bound = 1.0, share: Scale = 0.995) -> Denoise:
+    """As if values were from -1 to 1: each x0 divided by the quantile `share` of its absolute values where that is
+    above 1, and cut to -1 and 1 (Saharia et al. 2022, section 2.3: dynamic thresholding)."""
+    middle, half = (low + high) / 2, (high - low) / 2
 
     def cut(x, t, condition):
-        x0 = denoise(x, t, condition)
+        x0 = (denoise(x, t, condition) - middle) / half
         flat = jnp.abs(x0.reshape(len(x0), -1))
         bound = along(jnp.maximum(jnp.quantile(flat, share, axis=1), 1.0), x0)
-        return jnp.clip(x0, -bound, bound) / bound
+        return jnp.clip(x0, -bound, bound) / bound * half + middle
 
     return cut

@@ -14,6 +14,7 @@ from jaxgen.errors import UserError
 
 Picture = Float[Array, "B ..."]
 Number = Float[Array, "B"]
+HIGHEST = 1e6  # noise level that a network is told of where nothing is left of the data
 
 
 class Prediction:
@@ -122,6 +123,10 @@ class Edm(Prediction):
     sigma_data: float = 0.5
     """Standard deviation of the data."""
 
+    def __post_init__(self):
+        if not self.sigma_data > 0:
+            raise UserError(f"The sigma_data of Edm is above 0, not {self.sigma_data}.")
+
     def coefficients(self, alpha, sigma):
         data = self.sigma_data
         square = sigma**2 + (data * alpha) ** 2
@@ -133,4 +138,4 @@ class Edm(Prediction):
         return along(sigma / (data * root), x0) * x0 - along(data * alpha / root, x0) * noise
 
     def label(self, path, t):
-        return 0.25 * jnp.log(path.level(t))
+        return 0.25 * jnp.log(jnp.minimum(path.level(t), HIGHEST))

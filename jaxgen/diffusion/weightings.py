@@ -64,6 +64,9 @@ class MinSnr(Weighting):
 
     gamma: float = 5.0
 
+    def __post_init__(self):
+        _positive(gamma=self.gamma)
+
     def of_x0(self, alpha, sigma):
         return jnp.minimum((alpha / sigma) ** 2, self.gamma)
 
@@ -85,6 +88,9 @@ class EdmWeight(Weighting):
     """1 / c_out^2 = SNR + 1 / sigma_data^2 for x0 (Karras et al. 2022, table 1)."""
 
     sigma_data: float = 0.5
+
+    def __post_init__(self):
+        _positive(sigma_data=self.sigma_data)
 
     def of_x0(self, alpha, sigma):
         return (alpha / sigma) ** 2 + self.sigma_data**-2
@@ -109,7 +115,7 @@ class UniformTimes(Times):
     high: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.low < self.high <= 1:
+        if not 0 < self.low < self.high <= 1:
             raise UserError(f"Times go from low to high within 0 and 1; here from {self.low:g} to {self.high:g}.")
 
     def at(self, uniform, path):
@@ -122,6 +128,9 @@ class Steps(Times):
 
     count: int = 1000
 
+    def __post_init__(self):
+        _positive(count=self.count)
+
     def at(self, uniform, path):
         return (jnp.clip(jnp.floor(uniform * self.count), 0, self.count - 1) + 1) / self.count
 
@@ -132,6 +141,9 @@ class LogitNormal(Times):
 
     mean: float = 0.0
     std: float = 1.0
+
+    def __post_init__(self):
+        _positive(std=self.std)
 
     def at(self, uniform, path):
         return jax.nn.sigmoid(self.mean + self.std * _normal(uniform))
@@ -144,8 +156,17 @@ class LogNormal(Times):
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self):
+        _positive(std=self.std)
+
     def at(self, uniform, path):
         return path.time(jnp.exp(self.mean + self.std * _normal(uniform)))
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"The {name} of times and weightings is above 0, not {value}.")
 
 
 def _normal(uniform: Number) -> Number:

@@ -124,18 +124,21 @@ def kid(
     discrepancy (Gretton et al. 2012, eq. 3) with k(a, b) = (a . b / D + 1)^3.
 
     Returns its mean over `subsets` of `size` points each, drawn without replacement, and the standard error of that
-    mean as if they were independent. Unbiased: it does not depend on the number of points, and may be negative.
+    mean as if they were independent. Unbiased: it does not depend on the number of points, and may be negative. Where
+    each subset is all points there is one, and the error is NaN.
     """
     size = min(size, len(x), len(y))
     if size < 2:
         raise ValueError("a kernel distance needs two points of each set")
+    if size == len(x) == len(y):
+        subsets = 1
     random = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
         a, b = (z[np.sort(random.choice(len(z), size, replace=False))] for z in (x, y))
         same = [_kernel_sum(_cubic, z, z, sharding, own=True) / (size * (size - 1)) for z in (a, b)]
         values.append(sum(same) - 2 * _kernel_sum(_cubic, a, b, sharding) / size**2)
-    error = np.std(values, ddof=1) / np.sqrt(subsets) if subsets > 1 else 0.0
+    error = np.std(values, ddof=1) / np.sqrt(subsets) if subsets > 1 else np.nan
     return float(np.mean(values)), float(error)
 
 

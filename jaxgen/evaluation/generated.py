@@ -215,7 +215,8 @@ class Generated(Drawing):
             elif metric == "cmmd":
                 found |= {metric: distances.cmmd(real.features, fake.features, sharding=sharding)}
             elif metric == "kid":
-                found |= _pair("kid", "kid_error", distances.kid(real.features, fake.features, sharding=sharding))
+                pair = _pair("kid", "kid_error", distances.kid(real.features, fake.features, sharding=sharding))
+                found |= {name: value for name, value in pair.items() if value == value}  # an error where there is one
             else:
                 pair = {"precision_recall": distances.precision_recall, "density_coverage": distances.density_coverage}
                 found |= _pair(*metric.split("_"), pair[metric](real.features, fake.features, sharding=sharding))
@@ -229,6 +230,8 @@ class Generated(Drawing):
         if count < FEW and {"fd", "fid"} & numbers.keys():
             lines += [f"warning: a Fréchet distance of {count} pictures, fewer than {FEW:,}, is far too large, and can "
                       "be compared with others of the same number alone"]  # fmt: skip
+        if count < FEW and "inception_score" in numbers:
+            lines += [f"warning: an Inception score of {count} pictures, fewer than {FEW:,}, is too small"]
         return "\n".join(lines) + "\n"
 
 

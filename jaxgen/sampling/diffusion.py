@@ -17,6 +17,7 @@ from jaxgen.errors import UserError
 from jaxgen.sampling.grids import Grid, UniformGrid
 from jaxgen.sampling.solvers import DpmPP2M, Picture, Solver, Station, prior, solve_checked
 
+MOST = 1e9  # a guidance scale, beyond which float32 ends
 Threshold = Literal["auto", "none", "clip", "dynamic"]
 
 
@@ -35,8 +36,9 @@ class Sampling:
     rescale: float = 0.0
     """Share of the way back to the unguided standard deviation (Lin et al. 2024)."""
     threshold: Threshold = "auto"
-    """What is done with denoised values beyond -1 and 1: cut ("clip"), cut beyond their 99.5 % quantile and scaled by
-    it ("dynamic", Saharia et al. 2022), or nothing. "auto" cuts those of pixels, and leaves latents."""
+    """What is done with denoised values that no picture has, beyond -1 and 1: cut ("clip"), cut beyond their 99.5 %
+    quantile and scaled by it ("dynamic", Saharia et al. 2022), or nothing. "auto" cuts those of pixels, and leaves
+    latents."""
     shape: tuple[int, ...] = ()
     """(H, W, C) of the pictures; by default those of the batch's own."""
     image_guidance: float = 1.0
@@ -47,9 +49,13 @@ class Sampling:
             raise UserError(f"Sampling takes at least one step, not {self.steps}.")
         if not 0 <= self.interval[0] <= self.interval[1] <= 1:
             raise UserError(f"Guidance is between two times from 0 to 1, the lower first, not {self.interval}.")
+        if self.steps != int(self.steps):
+            raise UserError(f"Sampling takes whole steps, not {self.steps}.")
         for scale in (self.guidance, self.image_guidance):
-            if not np.isfinite(scale):
-                raise UserError(f"The guidance scale is {scale}, which should be a number.")
+            if not abs(scale) <= MOST:
+                raise UserError(f"The guidance scale is {scale}, which should be a number of at most {MOST:g}.")
+        if not 0 <= self.rescale <= 1:
+            raise UserError(f"The rescale of guidance is a share from 0 to 1, not {self.rescale}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +104,7 @@ def generate(
     guide_args: Any = None,
     callback: Callable[[int, np.ndarray], None] | None = None,
     nothing: Any = None,
+    bounds: tuple[guidance.Bound, guidance.Bound] = (-1.0, 1.0),
 ) -> tuple[Float[Array, "B ..."], Int[Array, ""]]:
     """Pictures of one key each, and the step after which values were first not finite (-1 where all are).
 
@@ -109,6 +116,7 @@ def generate(
       callback: called on the host with (step, x) after each step.
       nothing: what the network is told of neither picture nor text, where `null` still has the picture: then both have
         a scale.
+      bounds: the least and the greatest value of a picture, for `sampling.threshold`.
     """
     size = bucket(sampling.steps)
     levels = sampling.grid.levels(model.path, sampling.steps, size)
@@ -122,7 +130,7 @@ def generate(
     return _generate(
         model, solver, shape, sampling.threshold, guide, callback,
         params, numbers, keys, levels, jnp.int32(sampling.steps), jnp.int32(begin), scales, condition, null, nothing,
-        source, guide_args,
+        source, guide_args, tuple(jnp.asarray(b, jnp.float32) for b in bounds),
     )  # fmt: skip
 
 
@@ -130,7 +138,7 @@ def generate(
 def _generate(
     model, solver, shape, threshold, guide, callback,
     params, numbers, keys, levels, steps, begin, scales, condition, null, nothing, source,
-    guide_args,
+    guide_args, bounds,
 ):  # fmt: skip
     solver = dataclasses.replace(solver, **numbers)
     denoise = model.denoiser(params)
@@ -143,7 +151,7 @@ def _generate(
     if guide is not None:
         denoise = guide(denoise, guide_args)
     if threshold in ("clip", "dynamic"):
-        denoise = guidance.within(denoise) if threshold == "clip" else guidance.dynamic(denoise)
+        denoise = (guidance.within if threshold == "clip" else guidance.dynamic)(denoise, *bounds)
     x = prior(keys, jnp.zeros((len(keys), *shape)), levels, begin)
     replace, repeats = None, 1
     if source is not None:

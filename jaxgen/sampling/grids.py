@@ -53,12 +53,21 @@ class UniformGrid(Grid):
     count: int = 1000
     offset: int = 0
 
+    def __post_init__(self):
+        if not 0 < self.high <= 1 or not 0 < self.low < self.high:
+            raise UserError(f"Times go from high to low within 0 and 1; here from {self.high:g} to {self.low:g}.")
+        if self.count < 1 or self.offset < 0:
+            raise UserError(f"A grid is of at least one training step, not {self.count}, and of no negative offset.")
+
     def at(self, path, k, steps):
+        if self.spacing == "leading" and isinstance(steps, int) and steps > self.count:
+            raise UserError(f"A grid of {self.count} training steps has no {steps} steps.")
         if self.spacing == "trailing":
             return self.high * (1 - k / steps)
         if self.spacing == "linspace":
             return self.high + _share(k, steps) * (self.low - self.high)
-        return ((steps - 1 - k) * (self.count // steps) + self.offset + 1) / self.count
+        found = ((steps - 1 - k) * (self.count // steps) + self.offset + 1) / self.count
+        return jnp.where(steps == 1, self.high, found)  # a single step begins with noise, as every other grid's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +93,11 @@ class Karras(OnLevels):
 
     rho: float = 7.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.rho > 0:
+            raise UserError(f"The rho of a grid is above 0, not {self.rho}.")
+
     def at(self, path, k, steps):
         high, low = (end ** (1 / self.rho) for end in self._ends(path))
         return path.time((high + _share(k, steps) * (low - high)) ** self.rho)
@@ -103,6 +117,10 @@ class Shifted(Grid):
     """Equal steps, shifted to more noise: shift t / (1 + (shift - 1) t) (Esser et al. 2024, eq. 23)."""
 
     shift: float = 3.0
+
+    def __post_init__(self):
+        if not self.shift > 0:
+            raise UserError(f"The shift of a grid is above 0, not {self.shift}.")
 
     def at(self, path, k, steps):
         t = 1 - k / steps

@@ -115,6 +115,10 @@ class Ddim(Solver):
 
     eta: float | Float[Array, ""] = 0.0
 
+    def __post_init__(self):
+        if isinstance(self.eta, int | float) and not 0 <= self.eta <= 1:
+            raise UserError(f"The eta of DDIM is from 0 to 1, not {self.eta}.")
+
     def step(self, x, history, move):
         s, n = move.station(), move.station(1)
         x0 = move.at(x, s)

@@ -122,6 +122,12 @@ class Diffusion(Task):
             return {**params, "network": edm2.normalised(params["network"])}
         return params
 
+    @property
+    def _bounds(self) -> tuple[Array, Array]:
+        """Black and white, as the network knows them."""
+        mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+        return (0.0 - mean) / std, (1.0 - mean) / std
+
     # ---- latents that are kept ----
 
     def collected(self, spec):
@@ -278,6 +284,11 @@ class Diffusion(Task):
                 f"An image guidance of {sampling.image_guidance:g} is for a network that was trained with and without "
                 "a picture beside the noisy one (task.beside.drop), which this one was not."
             )
+        if sampling.guidance != 1.0 and unwanted is None:
+            told = self.text is not None or getattr(self.network, "classes", 0)
+            if not (told and self.drop):
+                why = "of which some were left out (task.drop), which this one was not" if told else "which has none"
+                raise UserError(f"A guidance of {sampling.guidance:g} is for a network with classes or texts, {why}.")
         if sampling.guidance != 1.0 or not alone:
             dropped = jnp.ones(len(keys), bool)
             null = self.condition(params, batch, dropped) if unwanted is None else self.condition(params, unwanted)
@@ -292,7 +303,7 @@ class Diffusion(Task):
             sampling = dataclasses.replace(sampling, threshold="clip" if pixels else "none")
         found, bad = generate(
             self.model, params["network"], keys, self._latent(shape), sampling, condition, null, edit,
-            nothing=nothing, **more,
+            nothing=nothing, bounds=self._bounds, **more,
         )  # fmt: skip
         if not isinstance(bad, jax.core.Tracer) and int(bad) >= 0:
             levels = sampling.grid.levels(self.path, sampling.steps, sampling.steps)
@@ -343,6 +354,11 @@ class Diffusion(Task):
             if "image" not in spec:
                 raise UserError(f"The data has {', '.join(spec)}, and the task needs image (or points).")
             vision.check_scale(self.mean, self.std, spec["image"].shape[-1])
+            if self.learned_variance and {*self.mean, *self.std} != {0.5}:
+                raise UserError(
+                    "task.learned_variance is for pictures of -1 to 1: task.mean and task.std are 0.5, not "
+                    f"{self.mean} and {self.std}."
+                )
             if not 0 <= self.drop < 1:
                 raise UserError(f"task.drop is at least 0 and below 1, not {self.drop}.")
         if self.cached and self.autoencoder is None:

@@ -45,6 +45,9 @@ class Weaker:
                 raise UserError(f"A weaker model has the same task.{name} as the one that it guides.")
         if self.task.beside is not None:
             raise UserError("A model that sees a picture beside the noisy one (task.beside) cannot guide.")
+        outs = self.task.network.out // (2 if self.task.learned_variance else 1)
+        if self.task.autoencoder is None and outs != shape[-1]:
+            raise UserError(f"It draws pictures of {outs} channels, and those to be guided have {shape[-1]}.")
         self.task.check_shape(shape)
 
     def __call__(self, denoise: Denoise, given: Guiding) -> Denoise:

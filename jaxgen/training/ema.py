@@ -132,9 +132,9 @@ def combination(
 ) -> tuple[Float[np.ndarray, "n"], float]:
     """(weights, error): the sum of these averages that is nearest to the average at `step` of width `std`.
 
-    steps, stds: when each average was saved, after how many steps, and its width. The weights are those for which the
-    profiles (the share that each moment has in an average) differ least in the square; `error` is what is left of that
-    difference, as a share of the wanted profile's own norm.
+    steps, stds: when each average was saved, after how many steps, and its width. The weights, whose sum is 1, are
+    those for which the profiles (the share that each moment has in an average) differ least in the square; `error` is
+    what is left of that difference, as a share of the wanted profile's own norm.
     """
     known = [(float(n), gamma_of(s)) for n, s in zip(steps, stds, strict=True)]
     wanted = (float(step), gamma_of(std))
@@ -142,8 +142,10 @@ def combination(
     target = np.array([_overlap(a, wanted) for a in known])
     size = np.sqrt(np.diag(products))  # as profiles of norm 1, which is what the solution's accuracy asks for
     # averages are float32: without the ridge, weights grow until its rounding shows
-    ridge = products / np.outer(size, size) + 1e-12 * np.eye(len(known))
-    found = np.linalg.solve(ridge, target / size) / size
+    system = np.zeros((len(known) + 1,) * 2)
+    system[:-1, :-1] = products / np.outer(size, size) + 1e-12 * np.eye(len(known))
+    system[-1, :-1] = system[:-1, -1] = size.min() / size  # the weights' sum, which is 1: else parameters shrink
+    found = np.linalg.solve(system, np.append(target / size, size.min()))[:-1] / size
     left = _overlap(wanted, wanted) - 2 * found @ target + found @ products @ found
     return found, math.sqrt(max(left, 0.0) / _overlap(wanted, wanted))
 

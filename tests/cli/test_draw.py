@@ -1,6 +1,7 @@
 """`jaxgen sample` of runs that make pictures: what may be asked, what is written, and mistakes."""
 
 import argparse
+import dataclasses
 import json
 
 import jax
@@ -54,7 +55,9 @@ def folder(tmp_path_factory):
         ("judge", Classification(ViT(patch=7, channels=1, width=16, depth=1, heads=2, out=10)), Digits(heldout=16)),
         ("clip", Contrastive(ViT(patch=8, width=16, depth=1, heads=2, out=16), text), Scenes(heldout=16)),
     ]:
-        previews = (PicturePreview(sampling=OWN),) if isinstance(task, Diffusion) else ()
+        told = getattr(task, "text", None) is not None or getattr(getattr(task, "network", None), "classes", 0)
+        own = OWN if told else dataclasses.replace(OWN, guidance=1.0)
+        previews = (PicturePreview(sampling=own),) if isinstance(task, Diffusion) else ()
         experiment = Experiment(name, task, data, AdamW(1e-3), batch_size=8, steps=1, evaluations=previews)
         directory = path / "runs" / name
         record.store(directory, experiment)
@@ -67,6 +70,7 @@ def folder(tmp_path_factory):
         checkpoints.wait()
     Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(path / "in.png")
     mask = np.zeros((64, 64), np.uint8)
+    Image.fromarray(mask).save(path / "dark.png")
     mask[:, 32:] = 255
     Image.fromarray(mask).save(path / "mask.png")
     Image.fromarray(mask[:32]).save(path / "small.png")
@@ -226,12 +230,17 @@ def test_small_pictures_are_enlarged(capsys):
         (["digits", "--prompt", "a ring"], "knows no texts: --prompt and --negative are of no use"),
         (["digits", "--temperature", "1"], "--temperature is of no use here: runs/digits makes pictures"),
         (["digits", "--guide-scale", "3"], "--guide-scale is for a run that guides: --guide RUN"),
-        (["digits", "--guide", "shapes"], "runs/shapes cannot guide: The data has 1 channels and task"),
+        (["digits", "--guide", "shapes"], "runs/shapes cannot guide: It draws pictures of 3 channels, and those"),
         (["digits", "--guide", "holes"], "sees a picture beside the noisy one (task.beside) cannot guide"),
         (["blind", "--guide", "judge"], "runs/judge guides toward what is asked for: give a --class"),
         (["blind", "--guide", "clip", "--class", "3"], "--class is of no use here: runs/clip guides"),
         (["scenes", "--prompt", PROMPT, "--guide", "judge"], "there is no class 'two red squares"),
         (["digits", "--guide", "none"], "none"),
+        (["blind", "--guidance", "3"], "A guidance of 3 is for a network with classes or texts, which has none"),
+        (["digits", "--guidance", "nan"], "--guidance is nan, which should be a number of at most 1e9"),
+        (["digits", "--seed", "4294967296"], "--seed is 4294967296, which should be from 0 to 4294967295"),
+        (["digits", "--rescale", "7"], "--rescale is 7.0, which should be from 0 to 1"),
+        (["holes", "--image", "in.png", "--mask", "dark.png"], "the mask dark.png is black everywhere"),
         (["digits", "--interval", "0.2"], "--interval is '0.2', which should be two times, like 0.2,0.8"),
         (["digits", "--interval", "0.8,0.2"], "Guidance is between two times from 0 to 1, the lower first"),
         (["digits", "--steps", "0"], "--steps is 0, which should be at least 1"),

@@ -112,8 +112,8 @@ def test_a_runs_own_evaluations_name_a_classifier(capsys):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ("plain --metrics fd", "a network is needed to see pictures with, and the run's experiment names none: give "
-     "--features FILE"),
+    ("plain --metrics fd", "a network is needed to see pictures with, the run's experiment names none, and its "
+     "data has neither classes nor captions to train one: give --features FILE"),
     ("plain --metrics fid,kid", "--metrics names fid; did you mean 'fd'?; there are fd, kid"),
     ("plain --metrics ,", "--metrics names nothing"),
     ("plain --n 3", "--n is for the measurements that --metrics names"),

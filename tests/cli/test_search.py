@@ -115,7 +115,7 @@ def test_a_run_beside_a_folder_of_its_name(run, capsys):
 def test_what_is_printed(run, capsys):
     assert main(["search", "colours", "--images", "photos", "--query", " blue ", "--top", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "runs/colours, step 40, ema weights: 'blue' among 8 pictures"
+    assert lines[0] == "runs/colours, step 40, raw weights: 'blue' among 8 pictures"
     assert lines[2].split() == ["similarity", "file"] and [line.split()[0] for line in lines[3:6]] == ["1", "2", "3"]
     assert {line.split()[2] for line in lines[3:5]} == {"photos/blue.jpg", "photos/deep/blue.PNG"}
     assert lines[6:] == ["", "runs/colours/search/blue.png"]
@@ -281,14 +281,14 @@ def test_eval_prints_a_table_and_writes_json_and_pictures(trained, monkeypatch, 
     assert main(["eval", "colours"]) == 0
     shown = capsys.readouterr().out
     assert "eval/retrieval/image_to_text/recall@1" in shown and "among 8" in shown and "chance" in shown
-    written = json.loads((trained / "runs/colours/eval/00000040-ema.json").read_text())
+    written = json.loads((trained / "runs/colours/eval/00000040-raw.json").read_text())
     metrics = written["metrics"]
     assert metrics["eval/retrieval/text_to_image/recall@1"] == 1 and written["step"] == 40
-    assert "runs/colours/eval/00000040-ema.json" in shown
-    picture = Image.open(trained / "runs/colours/eval/00000040-ema-retrieval.png")
+    assert "runs/colours/eval/00000040-raw.json" in shown
+    picture = Image.open(trained / "runs/colours/eval/00000040-raw-retrieval.png")
     assert picture.format == "PNG" and picture.width == 6 * (96 + 12)   # a query and its five nearest
-    assert written["images"] == {"retrieval": "runs/colours/eval/00000040-ema-retrieval.png"}
+    assert written["images"] == {"retrieval": "runs/colours/eval/00000040-raw-retrieval.png"}
     assert main(["eval", "colours", "--evaluations.0.among", "4", "--json"]) == 0
     other = json.loads(capsys.readouterr().out)
     assert other["overrides"] == ["--evaluations.0.among", "4"] and "among 4" in other["texts"]["retrieval"]
-    assert json.loads((trained / "runs/colours/eval/00000040-ema.json").read_text()) == written   # is not overwritten
+    assert json.loads((trained / "runs/colours/eval/00000040-raw.json").read_text()) == written   # is not overwritten

@@ -313,5 +313,9 @@ def test_cuts():
     x = jnp.asarray([[0.1, -3.0, 2.0, 0.5], [0.1, 0.2, 0.3, 0.4]])
     same = lambda x, t, c: x  # noqa: E731
     np.testing.assert_allclose(guidance.within(same)(x, None, None), np.clip(x, -1, 1))
-    found = guidance.dynamic(same, 1.0)(x, None, None)
+    found = guidance.dynamic(same, share=1.0)(x, None, None)
     np.testing.assert_allclose(found, [x[0] / 3, x[1]])
+    low, high = jnp.asarray([0.0, -5.0, 0.0, 0.0]), jnp.asarray([1.0, 3.0, 1.0, 1.0])   # a channel's own
+    np.testing.assert_allclose(guidance.within(same, low, high)(x, None, None), np.clip(x, low, high))
+    found = guidance.dynamic(lambda x, t, c: 2 * x + 0.5, -1.5, 2.5, share=1.0)(x, None, None)  # told otherwise
+    np.testing.assert_allclose(found, jnp.asarray([x[0] / 3, x[1]]) * 2 + 0.5, rtol=1e-6)
