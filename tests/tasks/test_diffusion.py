@@ -11,7 +11,7 @@ import pytest
 from jax import jit
 
 from jaxgen.diffusion.paths import Cosine, Flow, Linear, Table
-from jaxgen.diffusion.predictions import X0, Epsilon, V, Velocity
+from jaxgen.diffusion.predictions import X0, Edm, Epsilon, V, Velocity
 from jaxgen.diffusion.weightings import MinSnr, Uniform, UniformTimes, uniforms
 from jaxgen.errors import UserError
 from jaxgen.models.conditions import Conditions
@@ -216,6 +216,44 @@ def test_sampling():
     assert (away != found).any()
     none = TASK.sample(params, {}, batch, keys, sampling, unwanted=batch | {"label": np.full(B, 3)})
     np.testing.assert_array_equal(none, found)
+
+
+class Same(nn.Module):
+    """Says the same of every picture."""
+
+    value: float = 1.8
+    out: int = 1
+
+    def example(self):
+        return jnp.zeros((1, 8, 8, 1))
+
+    @nn.compact
+    def __call__(self, x, label, condition, key=None):
+        return jnp.full_like(x, self.value) + 0 * self.param("w", nn.initializers.zeros, ())
+
+
+def test_black_and_white_are_the_tasks_own():
+    """(0 - mean) / std and (1 - mean) / std, beyond which nothing is drawn."""
+    for std, value, wanted in ((0.25, 1.8, 242), (0.25, 2.5, 255), (0.5, -1.5, 0)):
+        task = Diffusion(Same(value), Flow(), X0(), std=(std,))
+        params, _ = task.init(jax.random.key(0))
+        for threshold in ("auto", "clip"):
+            sampling = Sampling(Ddim(), steps=2, threshold=threshold, shape=(8, 8, 1))
+            found = task.sample(params, {}, {}, keys_of(0, jnp.arange(2)), sampling)
+            assert (found == wanted).all()
+
+
+def test_edm_begins_with_nothing_of_the_data():
+    """On a path whose highest noise level is none."""
+    task = Diffusion(NET, Flow(), Edm(), drop=0.1)
+    found = task.sample(start(task), {}, batch_of(), keys_of(0, jnp.arange(B)), Sampling(Ddim(), steps=2))
+    assert found.std() > 1
+
+
+def test_guidance_needs_something_to_leave_out():
+    task, keys = dataclasses.replace(TASK, drop=0.0), keys_of(0, jnp.arange(B))
+    with pytest.raises(UserError, match=r"some were left out \(task.drop\), which this one was not"):
+        task.sample(start(TASK), {}, batch_of(), keys, Sampling(Ddim(), steps=2, guidance=2.0))
 
 
 def test_sampling_on_a_mesh():

@@ -110,6 +110,9 @@ def test_what_is_kept_is_found_again():
     weights, error = combination([100, 200, 200], [0.1, 0.05, 0.1], 200, 0.1)
     np.testing.assert_allclose(weights, [0, 0, 1], atol=1e-6)
     assert error < 1e-5
+    for wanted in (0.02, 0.15, 0.25):   # far off what is kept, too
+        weights, _ = combination([1400, 1500] * 2, [0.05, 0.05, 0.1, 0.1], 1500, wanted)
+        assert weights.sum() == pytest.approx(1, abs=1e-6)
     _, one = combination([200, 200], [0.05, 0.1], 200, 0.25)
     _, more = combination([n for n in range(10, 201, 10) for _ in range(2)], [0.05, 0.1] * 20, 200, 0.25)
     assert one > 0.5 > 0.1 > more, "more snapshots make it nearer"
