@@ -1,5 +1,6 @@
 """A network to see a run's pictures with, where nobody names one."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -49,4 +50,5 @@ def own_network(opened: Opened, trust: Sequence[str | Path] = ()) -> Pretrained 
     print("no network is named to see pictures with (--features): a small one is trained once on the run's own data",
           file=sys.stderr)  # fmt: skip
     experiment = Experiment(f"{opened.experiment.name}-features", how, data, optimizer, batch_size=BATCH, steps=STEPS)
-    return Pretrained(str(trained(experiment, trust)), "task")
+    with contextlib.redirect_stdout(sys.stderr):  # what is measured has stdout for itself
+        return Pretrained(str(trained(experiment, trust)), "task")

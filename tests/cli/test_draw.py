@@ -11,6 +11,7 @@ from jax import jit
 from PIL import Image
 
 from jaxgen import record
+from jaxgen.cli import features
 from jaxgen.cli.asking import encoder
 from jaxgen.cli.main import main
 from jaxgen.cli.opened import open_run
@@ -212,6 +213,22 @@ def test_small_pictures_are_enlarged(capsys):
     _, (other,) = drawn(capsys, "larger", "--n", "1", "--image", "tiny.png", "--image-noise", "0.4")
     assert (other != found).any()
     assert drawn(capsys, "larger", "--n", "1", "--image", "in.png", "--size", "28x28")[1][0].shape == (28, 28)
+
+
+@pytest.mark.parametrize("run", ["digits", "scenes"])
+def test_measured_by_a_network_of_its_own_data(run, folder, monkeypatch, capsys):
+    """A classifier of its classes, or a CLIP of its captions, trained once."""
+    monkeypatch.setattr(features, "STEPS", 2)
+    monkeypatch.setenv("JAXGEN_CACHE", str(folder / "cache"))
+    found = []
+    for _ in range(2):
+        assert main(["eval", run, "--metrics", "fd,kid", "--n", "8", "--json"]) == 0
+        out, told = capsys.readouterr()
+        found.append(json.loads(out))
+        assert "a small one is trained once on the run's own data" in told
+    assert "step 2/2" not in told, "the second time it is there"
+    assert found[0]["metrics"] == found[1]["metrics"] and found[0]["metrics"]["eval/generated/fd"] > 0
+    assert found[0]["results"]["generated"]["settings"]["features"] == f"{run}-features step 2 raw"
 
 
 @pytest.mark.parametrize(
